@@ -1,0 +1,1 @@
+"""The networks as readable equations: no devices, no files, no options."""

@@ -1,0 +1,46 @@
+"""Attention over text and image tokens, with rotary positions.
+
+B batch, H heads, L tokens, D channels of one head.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v), each (B, H, L, D), to (B, H, L, D): softmax(q k^T / sqrt(D)) v."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention, which picks the fastest kernel of the device."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
+    """Rotation of every channel pair for positions `ids` (B, L, len(axes)).
+
+    Axis i turns axes[i]/2 pairs by ids[..., i] * theta^(-2j/axes[i]), j = 0, 1, ... (RoFormer, a table per axis).
+    Returns (B, 1, L, sum(axes)/2, 2): cosine and sine in float32, from angles in float64, where large
+    positions keep their digits.
+    """
+    angles = []
+    for axis, channels in enumerate(axes):
+        steps = torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device)
+        angles.append(ids[..., axis, None].double() * theta ** (-steps / channels))
+    angle = torch.cat(angles, -1).unsqueeze(1)
+    return torch.stack((angle.cos(), angle.sin()), -1).float()
+
+
+def rotate(x: Tensor, pe: Tensor) -> Tensor:
+    """Turn the neighbouring channel pairs of x (B, H, L, D) by pe (B, 1, L, D/2, 2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = pe.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attend: Attend) -> Tensor:
+    """Attention between rotated queries and keys, heads joined: (B, H, L, D) to (B, L, H*D)."""
+    return rearrange(attend(rotate(q, pe), rotate(k, pe), v), "B H L D -> B L (H D)")

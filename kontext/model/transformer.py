@@ -1,0 +1,247 @@
+"""The FLUX transformer: text and image tokens in two streams, then in one.
+
+B batch, L tokens, D width, H heads. Parameter names are those of Black Forest Labs' checkpoints, so that
+their files load as they are. A block receives its modulation (shift, scale, gate) instead of computing it:
+it depends on the timestep alone, not on the tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kontext.model.attention import Attend, attention, rope, sdpa
+
+TIME_CHANNELS = 256
+TIME_FACTOR = 1000.0
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a FLUX transformer. FLUX.1 Kontext [dev] has width 3072, 24 heads, 19 + 38 blocks."""
+
+    in_channels: int
+    out_channels: int
+    context_width: int
+    vector_width: int
+    width: int
+    heads: int
+    mlp_width: int
+    double_blocks: int
+    single_blocks: int
+    axes: tuple[int, int, int]
+    theta: float
+    guidance: bool
+
+
+def sinusoid(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
+    """Features of t (B,) in 0..1: (B, channels), cosines first, float32 (as in DDPM, t scaled by 1000)."""
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000.0) * steps / half)
+    angle = TIME_FACTOR * t.float()[:, None] * frequencies
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+class Embedder(nn.Module):
+    """Two linears with SiLU between, from features to the model's width."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(channels, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=1e-6)
+
+
+class QKNorm(nn.Module):
+    """RMS norms of queries and keys, per head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(channels)
+        self.key_norm = RMSNorm(channels)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class Modulation(nn.Module):
+    """`parts` vectors of the model's width from the conditioning vector: (B, D) to (B, 1, parts*D)."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(width, parts * width)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec))[:, None]
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * LayerNorm(x) + shift."""
+    return torch.addcmul(shift, 1 + scale, layer_norm(x))
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself runs over both."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = QKNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed queries and keys, and values: each (B, H, L, D/H)."""
+        q, k, v = rearrange(self.qkv(x), "B L (three H D) -> three B H L D", three=3, H=self.heads)
+        return *self.norm(q, k), v
+
+
+def mlp(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text each with their own weights, joined in attention."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, heads = config.width, config.heads
+        self.img_mod = Modulation(width, 6)
+        self.img_attn = SelfAttention(width, heads)
+        self.img_mlp = mlp(width, config.mlp_width)
+        self.txt_mod = Modulation(width, 6)
+        self.txt_attn = SelfAttention(width, heads)
+        self.txt_mlp = mlp(width, config.mlp_width)
+        self.attend: Attend = sdpa
+
+    def modulation(self, vec: Tensor) -> Tensor:
+        """(B, D) to (B, 1, 12 D): the image's six vectors, then the text's."""
+        return torch.cat((self.img_mod(vec), self.txt_mod(vec)), -1)
+
+    def forward(self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, L, D), txt (B, T, D), mod (B, 1, 12 D), pe over T + L positions."""
+        img_mod, txt_mod = mod.chunk(2, -1)
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
+
+        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
+        q = torch.cat((txt_q, img_q), 2)
+        k = torch.cat((txt_k, img_k), 2)
+        v = torch.cat((txt_v, img_v), 2)
+        txt_out, img_out = attention(q, k, v, pe, self.attend).split((txt.shape[1], img.shape[1]), 1)
+
+        img = img + img_gate1 * self.img_attn.proj(img_out)
+        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
+
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side over all tokens (as in ViT-22B)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_width
+        self.heads = config.heads
+        self.split = (3 * width, hidden)
+        self.linear1 = nn.Linear(width, 3 * width + hidden)
+        self.linear2 = nn.Linear(width + hidden, width)
+        self.norm = QKNorm(width // config.heads)
+        self.modulation = Modulation(width, 3)
+        self.attend: Attend = sdpa
+
+    def forward(self, x: Tensor, mod: Tensor, pe: Tensor) -> Tensor:
+        """x (B, L, D), mod (B, 1, 3 D)."""
+        shift, scale, gate = mod.chunk(3, -1)
+        qkv, hidden = self.linear1(modulate(x, shift, scale)).split(self.split, -1)
+        q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
+        out = attention(*self.norm(q, k), v, pe, self.attend)
+        return x + gate * self.linear2(torch.cat((out, F.gelu(hidden, approximate="tanh")), -1))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, -1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Transformer(nn.Module):
+    """Velocity of the image tokens, given text, reference tokens and the noise level."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.img_in = nn.Linear(config.in_channels, width)
+        self.time_in = Embedder(TIME_CHANNELS, width)
+        self.vector_in = Embedder(config.vector_width, width)
+        if config.guidance:
+            self.guidance_in = Embedder(TIME_CHANNELS, width)
+        self.txt_in = nn.Linear(config.context_width, width)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(width, config.out_channels)
+
+    def condition(self, t: Tensor, vector: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector (B, D) that modulates every block: noise level, guidance strength and pooled text."""
+        vec = self.time_in(sinusoid(t).to(vector.dtype))
+        if self.config.guidance:
+            assert guidance is not None
+            vec = vec + self.guidance_in(sinusoid(guidance).to(vector.dtype))
+        return vec + self.vector_in(vector)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        t: Tensor,
+        vector: Tensor,
+        guidance: Tensor | None = None,
+        *,
+        targets: int | None = None,
+    ) -> Tensor:
+        """Velocity (B, targets, out_channels) of the first `targets` image tokens (all of them by default).
+
+        img (B, L, in_channels), target tokens before reference tokens; txt (B, T, context_width);
+        img_ids, txt_ids (B or 1, L or T, 3) positions; t (B,) noise level in 0..1; vector (B, vector_width)
+        pooled text; guidance (B,) for models with a guidance embedding.
+        """
+        vec = self.condition(t, vector, guidance)
+        pe = rope(torch.cat((txt_ids, img_ids), 1), self.config.axes, self.config.theta)
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, block.modulation(vec), pe)
+        x = torch.cat((txt, img), 1)
+        for block in self.single_blocks:
+            x = block(x, block.modulation(vec), pe)
+        return self.final_layer(x[:, txt.shape[1] :][:, :targets], vec)
