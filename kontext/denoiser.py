@@ -42,8 +42,8 @@ def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class Denoiser:
     """Velocity (B, C, h, w) of x (B, C, h, w) at noise levels t (B,), under fixed conditioning.
 
-    x and the result are float32; the transformer works in its own dtype. Tokens of references and positions are
-    made once and serve every step.
+    x and the result are float32; the transformer works in its own dtype. Tokens of references and their
+    positions are made once and serve every step.
     """
 
     def __init__(self, transformer: Transformer, conditioning: Conditioning) -> None:

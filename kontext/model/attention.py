@@ -22,7 +22,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
     """Rotation of every channel pair for positions `ids` (B, L, len(axes)).
 
-    Axis i turns axes[i]/2 pairs by ids[..., i] * theta^(-2j/axes[i]), j = 0, 1, ... (RoFormer, a table per axis).
+    Axis i turns axes[i]/2 pairs by ids[..., i] * theta^(-2j/axes[i]), j = 0, 1, ... (RoFormer, by axis).
     Returns (B, 1, L, sum(axes)/2, 2): cosine and sine in float32, from angles in float64, where large
     positions keep their digits.
     """

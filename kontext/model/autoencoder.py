@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of a FLUX autoencoder. The published one: width 128, multipliers (1, 2, 4, 4), two blocks a level.
+    """Sizes of a FLUX autoencoder. The published one: width 128, multipliers (1, 2, 4, 4), 2 blocks a level.
 
     Latents are scale * (mean - shift), of about unit variance.
     """
