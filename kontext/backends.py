@@ -1,0 +1,53 @@
+"""Attention kernels by name. Packages other than torch are imported only when asked for."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from kontext.errors import UserError
+from kontext.model.attention import Attend, sdpa
+
+# mode: (module, function); each takes and returns (B, L, H, D).
+TOKENS_FIRST = {
+    "flash": ("flash_attn", "flash_attn_func"),
+    "flash3": ("flash_attn_interface", "flash_attn_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
+
+
+def attention_backend(mode: str) -> Attend:
+    """The attention function of `--attn-mode`: torch or sdpa, flash, flash3, sage, xformers.
+
+    Raises UserError if the package behind it is not installed.
+    """
+    if mode in ("torch", "sdpa"):
+        return sdpa
+    if mode == "sage":
+        return require("sageattention", mode).sageattn
+    package, function = TOKENS_FIRST[mode]
+    kernel = getattr(require(package, mode), function)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = kernel(*(x.transpose(1, 2) for x in (q, k, v)))
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return attend
+
+
+def require(package: str, mode: str) -> ModuleType:
+    """The module `package`, or one sentence that says what to install."""
+    if find_spec(package.partition(".")[0]) is None:
+        raise UserError(
+            f"--attn-mode {mode} needs the package {package.partition('.')[0]}, which is not installed: "
+            "install it, or use --attn-mode sdpa."
+        )
+    return import_module(package)
+
+
+def use_attention(model: nn.Module, attend: Attend) -> None:
+    """Let every block of a transformer (wrapped or not) attend with `attend`."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend
