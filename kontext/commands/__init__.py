@@ -1,0 +1,1 @@
+"""One module per command: `run(options)` reads as the pipeline it performs."""

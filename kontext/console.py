@@ -1,0 +1,189 @@
+"""The only place that prints: rich on a terminal, plain lines in a log file or a pipe.
+
+Everything goes to stderr except what a user asked for and may pipe (`output`, `table(..., asked=True)`).
+In a run of several processes only the first one speaks.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Protocol
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@cache
+def _stderr() -> Console:
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+@cache
+def _stdout() -> Console:
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def _line(console: Console, label: str, style: str, text: str) -> None:
+    """One message, never wrapped (a path stays in one piece) and never read as markup."""
+    console.print(Text.assemble((label, f"bold {style}"), text), soft_wrap=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """What is being done."""
+    _line(_stderr(), "", "default", text)
+
+
+def notice(text: str) -> None:
+    """Something was decided or changed for the user: a size was rounded, a file was skipped."""
+    _line(_stderr(), "note: ", "cyan", text)
+
+
+def warn(text: str) -> None:
+    """Something is probably not what the user wants."""
+    _line(_stderr(), "warning: ", "yellow", text)
+
+
+def error(text: str) -> None:
+    """Why the program ends."""
+    _line(_stderr(), "error: ", "red", text)
+
+
+def output(text: str) -> None:
+    """What the user asked for, on stdout, unformatted."""
+    _stdout().out(text, highlight=False)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, asked: bool = False
+) -> None:
+    """A table on stderr, or on stdout when the user asked for it. Numbers are aligned to the right."""
+    console = _stdout() if asked else _stderr()
+    grid = Table(title=title or None, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    if console.is_terminal:
+        console.print(grid)
+    else:
+        wide = console.options.update(width=10_000)
+        console.print(grid, width=Measurement.get(console, wide, grid).maximum, crop=False)
+
+
+class Progress(Protocol):
+    """What `progress` yields."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` units as done and show `note` (loss, file name ...) after the figures."""
+
+
+@contextmanager
+def progress(title: str, total: int, *, unit: str = "it", done: int = 0) -> Iterator[Progress]:
+    """Show how far a loop of `total` units is, with its speed and the time left.
+
+    On a terminal a live line; else at most one plain line every few seconds, and the last.
+    done: units that an earlier run has finished already.
+    """
+    console = _stderr()
+    if not console.is_terminal:
+        lines = _Lines(title, total, unit, done)
+        yield lines
+        lines.finish()
+        return
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _SpeedColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with RichProgress(*columns, console=console) as live:
+        yield _Live(live, live.add_task(title, total=total, completed=done, note=""))
+
+
+class _SpeedColumn(ProgressColumn):
+    """Units per second, or seconds per unit when it is slow."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(_speed(task.finished_speed or task.speed, self.unit), style="cyan")
+
+
+class _Live:
+    """Progress on a terminal."""
+
+    def __init__(self, live: RichProgress, task: int) -> None:
+        self.live, self.task = live, task
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.live.update(self.task, advance=count, note=note)
+
+
+class _Lines:
+    """Progress in a log file."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.first = done
+        self.begin = self.shown = time.monotonic()
+        self.note = ""
+        self.pending = False
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        self.note = note
+        self.pending = True
+        if time.monotonic() - self.shown >= SECONDS_BETWEEN_LINES:
+            self._show()
+
+    def finish(self) -> None:
+        """Show the last state unless it has been shown."""
+        if self.pending:
+            self._show()
+
+    def _show(self) -> None:
+        self.shown = time.monotonic()
+        self.pending = False
+        speed = (self.done - self.first) / max(self.shown - self.begin, 1e-9)
+        left = _clock((self.total - self.done) / speed) if speed > 0 else "?"
+        parts = [
+            f"{self.title}: {self.done}/{self.total}",
+            _speed(speed, self.unit),
+            f"{left} left",
+            self.note,
+        ]
+        say("  ".join(part for part in parts if part))
+
+
+def _speed(per_second: float | None, unit: str) -> str:
+    if not per_second:
+        return ""
+    return f"{per_second:.2f} {unit}/s" if per_second >= 1 else f"{1 / per_second:.2f} s/{unit}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,30 @@
+"""Names of devices and precisions as a user writes them, and what torch calls them."""
+
+import torch
+
+from kontext import console
+from kontext.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device. Raises UserError when that GPU is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU. Use --device cpu, or install "
+            "a build of PyTorch for your GPU (https://pytorch.org/get-started/locally)."
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0.")
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` -> torch's dtype, with a warning for float16."""
+    if name == "float16":
+        console.warn(
+            "FLUX.1 Kontext overflows in float16: expect black pictures or a NaN loss. Use --dtype bfloat16."
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

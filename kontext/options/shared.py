@@ -1,0 +1,102 @@
+"""Groups of options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from kontext.options.base import Options, option
+
+SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _long_precision(value: Any) -> Any:
+    return SHORT_PRECISIONS.get(value, value) if isinstance(value, str) else value
+
+
+Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_long_precision)]
+
+
+class Common(Options):
+    """General"""
+
+    device: str = option(
+        "Where to compute: auto takes the GPU when there is one, else the CPU. A GPU is named cuda or cuda:N.",
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+    dtype: Precision = option("Precision of the models' weights and arithmetic.", default="bfloat16")
+    seed: int | None = option(
+        "Random seed; without it a new one is drawn and shown.", default=None, ge=0, lt=2**63
+    )
+    config_file: Path | None = option(
+        "TOML file with options of this command. What the command line gives wins.",
+        default=None,
+        command_line_only=True,
+    )
+    print_config: bool = option(
+        "Print the options as resolved, in TOML that --config-file reads, and exit.",
+        default=False,
+        command_line_only=True,
+    )
+    debug: bool = option("Show the traceback of an error.", default=False, command_line_only=True)
+
+
+class Dit(Options):
+    """Transformer (DiT)"""
+
+    dit: Path = option("Weights of the transformer: a .safetensors file or a diffusers folder.")
+    fp8: bool = option(
+        "Keep the weights of the transformer in 8 bits (plain cast).", default=False, aliases=("fp8_base",)
+    )
+    fp8_scaled: bool = option(
+        "Keep the weights of the transformer in 8 bits with one scale per tensor: closer to the original than --fp8.",
+        default=False,
+    )
+    attn_mode: Literal["sdpa", "torch"] = option(
+        "Attention kernel. Both names mean PyTorch's scaled dot product attention.",
+        default="sdpa",
+        flags={"sdpa": "sdpa"},
+    )
+
+
+class Vae(Options):
+    """Autoencoder (VAE)"""
+
+    vae: Path | None = option(
+        "Weights of the autoencoder: a .safetensors file or a diffusers folder.",
+        default=None,
+        aliases=("ae",),
+    )
+    vae_dtype: Precision = option("Precision of the autoencoder.", default="float32")
+
+
+class Encoders(Options):
+    """Text encoders"""
+
+    text_encoder1: Path | None = option(
+        "T5-XXL weights: a .safetensors file or a Hugging Face folder.", default=None, aliases=("t5",)
+    )
+    text_encoder2: Path | None = option(
+        "CLIP-L weights: a .safetensors file or a Hugging Face folder.", default=None, aliases=("clip_l",)
+    )
+    tokenizer1: Path | None = option(
+        "Folder of the T5 tokenizer. Without it: a folder beside the weights, else google/t5-v1_1-xxl from the hub.",
+        default=None,
+    )
+    tokenizer2: Path | None = option(
+        "Folder of the CLIP tokenizer. Without it: a folder beside the weights, "
+        "else openai/clip-vit-large-patch14 from the hub.",
+        default=None,
+    )
+    t5_max_length: int = option("Tokens that T5 reads; shorter texts are padded.", default=512, ge=1, le=512)
+    fp8_t5: bool = option("Keep the weights of T5 in 8 bits.", default=False)
+
+
+class DatasetFile(Options):
+    """Dataset"""
+
+    dataset_config: Path = option("TOML file that lists the pictures, captions and references.")
+    strict: bool = option(
+        "Stop at the first unreadable picture instead of listing all at the end.", default=False
+    )
