@@ -1,0 +1,1 @@
+"""From a dataset file to batches: pictures, buckets, caches."""
