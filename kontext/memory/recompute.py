@@ -1,0 +1,80 @@
+"""Gradient checkpointing: a block forgets what it computed and computes it again in the backward pass."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from kontext.model.transformer import Transformer
+
+Packed = tuple[torch.device, Tensor]
+
+recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+"""True while a block runs, for the first or the second time, that will run again before its backward."""
+
+
+def to_host(tensor: Tensor) -> Packed:
+    """Moves a tensor of a GPU to pinned host memory, in order with the work queued on the GPU."""
+    if not tensor.is_cuda:
+        return tensor.device, tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def from_host(packed: Packed) -> Tensor:
+    device, tensor = packed
+    return tensor.to(device, non_blocking=True)
+
+
+class Recomputed(nn.Module):
+    """A transformer block that keeps nothing but its inputs for the backward pass.
+
+    With `offload` the token streams among these wait in host memory. Gradients equal those of the plain block;
+    dropout draws the same numbers again.
+    """
+
+    def __init__(self, block: nn.Module, *, offload: bool = False) -> None:
+        super().__init__()
+        self.block = block
+        self.offload = offload
+
+    @property
+    def modulation(self) -> nn.Module:
+        return self.block.modulation
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Inputs are the block's: one or two token streams, the modulation and the position table."""
+        *streams, mod, pe = inputs
+        if not torch.is_grad_enabled():
+            return self.block(*inputs)
+        with self._storage():
+            return checkpoint(partial(_call, self.block, mod, pe), *streams, use_reentrant=False)
+
+    def _storage(self) -> AbstractContextManager[object]:
+        return saved_tensors_hooks(to_host, from_host) if self.offload else nullcontext()
+
+
+def _call(block: nn.Module, mod: Tensor, pe: Tensor, *streams: Tensor) -> Tensor | tuple[Tensor, ...]:
+    with _marked():
+        return block(*streams, mod, pe)
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    token = recomputing.set(True)
+    try:
+        yield
+    finally:
+        recomputing.reset(token)
+
+
+def recompute_blocks(model: Transformer, *, offload: bool = False) -> None:
+    """Wraps every block of `model`. Attach adapters before: module names change."""
+    for blocks in (model.double_blocks, model.single_blocks):
+        for i, block in enumerate(blocks):
+            blocks[i] = Recomputed(block, offload=offload)

@@ -1,0 +1,255 @@
+"""Streaming of frozen block weights from host memory: a model larger than the card, with the same numbers.
+
+The weights of a streamed block lie in one slab of pinned host memory. While a block computes, the slab of the
+next one is copied on a stream of its own into the other slot of a small ring on the device. Weights never
+travel back: they are frozen. What is trained (LoRA) stays on the device.
+
+Backward needs the weights again. Wrapped as Recomputed(Streamed(block)), recomputation re-enters the wrapper
+just before each block's backward, in reverse order, so one binding serves both. Without recomputation
+autograd would keep views of slots that are overwritten before its turn, so it is given a place in a slab to
+keep instead, and fetches the block again.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from kontext.memory.recompute import recomputing
+from kontext.model.transformer import Transformer
+
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one tensor of a block lies in its slab."""
+
+    module: nn.Module
+    name: str
+    offset: int
+    nbytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def view(self, memory: Tensor) -> Tensor:
+        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor that autograd keeps of a streamed block: `offset` bytes into its slot."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def frozen_tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Every parameter that is not trained, and every buffer, with the module that holds it."""
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                yield module, name, parameter
+        for name, buffer in module.named_buffers(recurse=False):
+            yield module, name, buffer
+
+
+class Slab:
+    """The frozen tensors of one block in a single piece of host memory, pinned where there is CUDA."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.pieces: list[Piece] = []
+        size = 0
+        for module, name, tensor in frozen_tensors(block):
+            nbytes = tensor.numel() * tensor.element_size()
+            self.pieces.append(Piece(module, name, size, nbytes, tensor.shape, tensor.dtype))
+            size += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self.memory = pinned(size)
+        for piece in self.pieces:
+            piece.view(self.memory).copy_(getattr(piece.module, piece.name))
+        self.bind(self.memory)
+
+    def bind(self, memory: Tensor) -> None:
+        """Let the block's tensors be views of `memory`, which holds the slab's bytes."""
+        for piece in self.pieces:
+            getattr(piece.module, piece.name).data = piece.view(memory)
+
+
+def pinned(nbytes: int) -> Tensor:
+    """Host memory of exactly `nbytes`, page-locked where there is CUDA.
+
+    Registered by hand: torch's own pinned allocator rounds up to powers of two, nearly doubling large slabs.
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    if torch.cuda.is_available() and nbytes:
+        cudart, address = torch.cuda.cudart(), memory.data_ptr()
+        torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
+        weakref.finalize(memory, cudart.cudaHostUnregister, address)
+    return memory
+
+
+class Copier(Protocol):
+    """Copies ahead of the computation."""
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        """Begin to copy, after all computation that was asked for so far."""
+
+    def wait(self, target: Tensor) -> None:
+        """Let the computation that follows see the copy into `target` finished."""
+
+
+class CudaCopier:
+    """Copies on a CUDA stream of its own; nothing waits on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.copied: dict[int, torch.cuda.Event] = {}
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(target.device))
+        with torch.cuda.stream(self.stream):
+            target[: source.numel()].copy_(source, non_blocking=True)
+            self.copied[target.data_ptr()] = self.stream.record_event()
+
+    def wait(self, target: Tensor) -> None:
+        torch.cuda.current_stream(target.device).wait_event(self.copied[target.data_ptr()])
+
+
+class ThreadCopier:
+    """The same contract on the CPU, in a thread."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="kontext-stream")
+        self.copied: dict[int, Future] = {}
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        self.copied[target.data_ptr()] = self.pool.submit(self.copy, target, source)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target[: source.numel()].copy_(source)
+
+    def wait(self, target: Tensor) -> None:
+        self.copied[target.data_ptr()].result()
+
+
+class Ring:
+    """Slots on the device that hold the block in use and those ahead of it."""
+
+    def __init__(self, slabs: Sequence[Slab], device: torch.device, *, slots: int = 2) -> None:
+        assert slots >= 2
+        self.slabs = slabs
+        self.copier: Copier = CudaCopier(device) if device.type == "cuda" else ThreadCopier()
+        size = max(slab.memory.numel() for slab in slabs)
+        self.slots = [
+            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(slabs)))
+        ]
+        self.held: list[int | None] = [None] * len(self.slots)
+        self.last = -1
+
+    def fetch(self, index: int) -> None:
+        """Bind block `index` to its slot and start copying the block that is needed next."""
+        if index == self.last:
+            return
+        slot = self.load(index, keep=None)
+        self.copier.wait(self.slots[slot])
+        self.slabs[index].bind(self.slots[slot])
+        following = self.predict(index)
+        self.last = index
+        if following is not None:
+            self.load(following, keep=slot)
+
+    def load(self, index: int, *, keep: int | None) -> int:
+        """The slot of block `index`, copied there unless it is. `keep` is in use, the others are free."""
+        if index in self.held:
+            return self.held.index(index)
+        candidates = [slot for slot in range(len(self.slots)) if slot != keep]
+        slot = next((s for s in candidates if self.held[s] is None), None)
+        if slot is None:
+            slot = max(candidates, key=lambda s: abs(self.held[s] - index))
+        self.copier.start(self.slots[slot], self.slabs[index].memory)
+        self.held[slot] = index
+        return slot
+
+    def predict(self, index: int) -> int | None:
+        """The block after `index`: upwards in forward, downwards in backward, the first again when sampling.
+
+        At either end of a training step the ring already holds what comes next.
+        """
+        following = index - 1 if index == self.last - 1 else index + 1
+        if len(self.slots) == 1:
+            return None
+        if 0 <= following < len(self.slabs):
+            return following
+        return None if torch.is_grad_enabled() else 0
+
+
+class Streamed(nn.Module):
+    """A block whose frozen weights are fetched just before it computes."""
+
+    def __init__(self, block: nn.Module, ring: Ring, index: int) -> None:
+        super().__init__()
+        self.block = block
+        self.ring = ring
+        self.index = index
+
+    def modulation(self, vec: Tensor) -> Tensor:
+        self.ring.fetch(self.index)
+        return self.block.modulation(vec)
+
+    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        self.ring.fetch(self.index)
+        if not torch.is_grad_enabled() or recomputing.get():
+            return self.block(*args)
+        with saved_tensors_hooks(self.pack, self.unpack):
+            return self.block(*args)
+
+    def pack(self, tensor: Tensor) -> Tensor | Place:
+        """What autograd keeps of a tensor: its place, if it lies in this block's slot."""
+        slot = self.ring.slots[self.ring.held.index(self.index)]
+        if tensor.untyped_storage().data_ptr() != slot.untyped_storage().data_ptr():
+            return tensor
+        offset = tensor.data_ptr() - slot.data_ptr()
+        return Place(offset, tensor.dtype, tensor.shape, tensor.stride())
+
+    def unpack(self, kept: Tensor | Place) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        self.ring.fetch(self.index)
+        slot = self.ring.slots[self.ring.held.index(self.index)]
+        return slot[kept.offset :].view(kept.dtype).as_strided(kept.shape, kept.stride)
+
+
+def streamed_indices(total: int, count: int) -> list[int]:
+    """`count` of `total` blocks, evenly spread, so that resident blocks hide the copies of streamed ones."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def stream_blocks(
+    model: Transformer, blocks_to_swap: int | Literal["max"], device: torch.device, *, slots: int = 2
+) -> int:
+    """Keep the weights of some blocks on the host and stream these blocks; returns how many.
+
+    `blocks_to_swap` counts as in musubi-tuner: N // 2 double blocks and (N - N // 2) * 2 + 1 single ones;
+    "max" is all of them. Attach adapters before and recompute after: only frozen tensors move to the host.
+    """
+    doubles, singles = len(model.double_blocks), len(model.single_blocks)
+    if blocks_to_swap != "max":
+        doubles, singles = blocks_to_swap // 2, (blocks_to_swap - blocks_to_swap // 2) * 2 + 1
+    places = [
+        (blocks, i)
+        for blocks, count in ((model.double_blocks, doubles), (model.single_blocks, singles))
+        for i in streamed_indices(len(blocks), count)
+    ]
+    slabs = [Slab(blocks[i]) for blocks, i in places]
+    ring = Ring(slabs, device, slots=slots)
+    for index, (blocks, i) in enumerate(places):
+        blocks[i] = Streamed(blocks[i], ring, index)
+    return len(places)
