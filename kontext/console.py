@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from traceback import format_exception
 from typing import Protocol
 
 from rich.console import Console
@@ -62,6 +63,11 @@ def warn(text: str) -> None:
 def error(text: str) -> None:
     """Why the program ends."""
     _line(_stderr(), "error: ", "red", text)
+
+
+def traceback(error: BaseException) -> None:
+    """Where an error comes from, for `--debug`."""
+    _line(_stderr(), "", "default", "".join(format_exception(error)).rstrip())
 
 
 def output(text: str) -> None:

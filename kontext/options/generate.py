@@ -1,7 +1,92 @@
 """Options of `kontext generate`."""
 
-from kontext.options.shared import Common
+from pathlib import Path
+from typing import Literal
+
+from kontext.options.base import Options, option, optional
+from kontext.options.shared import Common, Dit, Encoders, Vae
 
 
-class Generate(Common):
-    """Edit or make a picture."""
+class Picture(Options):
+    """Picture"""
+
+    prompt: str | None = option("The instruction, or the description of a picture.", default=None)
+    negative_prompt: str | None = option(
+        "What to steer away from; counts with --true-cfg-scale over 1.", default=None
+    )
+    control_image: list[Path] = option(
+        "Reference picture to edit. Several may be given; they are placed side by side as ComfyUI does.",
+        default=[],
+        aliases=("control_image_path",),
+    )
+    no_resize_control: bool = option(
+        "Crop references to multiples of 16 pixels, instead of resizing them to Kontext's nearest preferred size.",
+        default=False,
+    )
+    image_size: tuple[int, int] | None = option(
+        "Height and width of the output in pixels. Without it: the first reference's size, else 1024 1024.",
+        default=None,
+    )
+
+
+class Sampling(Options):
+    """Sampling"""
+
+    infer_steps: int = option("Denoising steps.", default=25, ge=1)
+    embedded_cfg_scale: float = option("Guidance scale that the model reads.", default=2.5, ge=0)
+    true_cfg_scale: float = option(
+        "Guidance by a second pass with the negative prompt; doubles the time when over 1.", default=1.0, ge=1
+    )
+    flow_shift: float | None = option(
+        "Fixed shift of the noise levels. Without it, or with 0: FLUX's own, which depends on the resolution.",
+        default=None,
+        ge=0,
+    )
+
+
+class Loras(Options):
+    """LoRA"""
+
+    lora_weight: list[Path] = option("LoRA files to apply.", default=[])
+    lora_multiplier: list[float] = option("One strength per LoRA file, or one for all.", default=[1.0])
+    include_patterns: list[str] = option("Apply a LoRA only to modules that match one of these regexes.", default=[])
+    exclude_patterns: list[str] = option("Leave out modules that match one of these regexes.", default=[])
+    lycoris: bool = option(
+        "Accepted for old command lines: LyCORIS files are recognised with or without it.", default=False
+    )
+    save_merged_model: Path | None = option(
+        "Write the transformer with the LoRA files merged into it to this file, and stop.", default=None
+    )
+
+
+class Output(Options):
+    """Output"""
+
+    save_path: Path = option("Folder for the results.", default=Path("outputs"))
+    output_name: str | None = option(
+        "File name without ending. Without it: time and seed. Several results are numbered.",
+        default=None,
+        pattern=r"^[^/\\]+$",
+    )
+    output_type: Literal["images", "latent", "latent_images"] = option(
+        "Write PNG pictures, latents as .safetensors, or both.", default="images"
+    )
+    no_metadata: bool = option("Keep prompt and settings out of the files.", default=False)
+
+
+class Source(Options):
+    """Several pictures"""
+
+    from_file: Path | None = option(
+        "Text file with one prompt per line; a line may set --w --h --d (seed) --s (steps) --g (guidance) --fs (shift) "
+        "--ci (reference) --n (negative) --l (true cfg) --m (LoRA strengths).",
+        default=None,
+    )
+    interactive: bool = option("Read prompt lines from the keyboard; models stay loaded.", default=False)
+    latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])
+
+
+class Generate(Source, Output, Sampling, Picture, Loras, Encoders, Vae, Dit, Common):
+    """Make or edit pictures."""
+
+    dit: Path | None = optional(Dit, "dit")

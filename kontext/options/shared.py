@@ -1,9 +1,10 @@
 """Groups of options that several commands share."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from kontext.options.base import Options, option
 
@@ -14,16 +15,21 @@ def _long_precision(value: Any) -> Any:
     return SHORT_PRECISIONS.get(value, value) if isinstance(value, str) else value
 
 
+def _device_name(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N (the GPU's number), not '{value}'.")
+    return value
+
+
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_long_precision)]
 
 
 class Common(Options):
     """General"""
 
-    device: str = option(
+    device: Annotated[str, AfterValidator(_device_name)] = option(
         "Where to compute: auto takes the GPU when there is one, else the CPU. A GPU is named cuda or cuda:N.",
         default="auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     dtype: Precision = option("Precision of the models' weights and arithmetic.", default="bfloat16")
     seed: int | None = option(
