@@ -1,0 +1,1 @@
+"""Low-rank adapters: training them, reading every published file format, merging them into a model."""

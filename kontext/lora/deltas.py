@@ -1,0 +1,201 @@
+"""What an adapter changes: one small formula per kind of adapter, all with the same few methods.
+
+W is a weight of the base, (out, in) or (out,); dW the change at strength 1. Factors keep the dtype of their
+file; arithmetic is float32.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Change(Protocol):
+    """A change of one tensor, or of some of its rows."""
+
+    needs_base: bool  # whether dW depends on W
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of dW."""
+
+    def dense(self, base: Tensor) -> Tensor:
+        """dW, float32, on base's device. base: W, float32; only read when `needs_base`."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """LoRA: dW = scale * up @ down, with down (r, in) and up (out, r)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    needs_base = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def dense(self, base: Tensor) -> Tensor:
+        return self.scale * _float(self.up, base) @ _float(self.down, base)
+
+    def add_to(self, base: Tensor, strength: float) -> None:
+        """base += strength * dW, without a second tensor of that size."""
+        base.addmm_(_float(self.up, base), _float(self.down, base), alpha=strength * self.scale)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """dW x, in x's dtype, through the narrow middle."""
+        return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard:
+    """LoHa: dW = scale * (w1_a @ w1_b) o (w2_a @ w2_b) (Hyeon-Woo et al. 2022, arXiv:2108.06098)."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    scale: float
+    needs_base = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w1_a.shape[0], self.w1_b.shape[1]
+
+    def dense(self, base: Tensor) -> Tensor:
+        first = _float(self.w1_a, base) @ _float(self.w1_b, base)
+        return first.mul_(_float(self.w2_a, base) @ _float(self.w2_b, base)).mul_(self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """LoKr: dW = scale * kron(w1, w2) (Edalati et al. 2022, arXiv:2212.10650)."""
+
+    w1: Tensor
+    w2: Tensor
+    scale: float
+    needs_base = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2.shape[1]
+
+    def dense(self, base: Tensor) -> Tensor:
+        return torch.kron(self.scale * _float(self.w1, base), _float(self.w2, base))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """dW x, in x's dtype: w1 X w2^T with x laid out as a matrix X."""
+        x = x.unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
+        return (self.scale * self.w1.to(x) @ F.linear(x, self.w2.to(x))).flatten(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """A difference in full: dW itself."""
+
+    values: Tensor
+    needs_base = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def dense(self, base: Tensor) -> Tensor:
+        return _float(self.values, base)
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A new value in full: dW = value - W."""
+
+    values: Tensor
+    needs_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def dense(self, base: Tensor) -> Tensor:
+        return _float(self.values, base) - base
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """DoRA: W + dW = m V / |V| with V = W + inner (Liu et al. 2024, arXiv:2402.09353).
+
+    magnitude m is (out, 1) with norms over each output's row, or (1, in) with norms over each input's column.
+    """
+
+    inner: Change
+    magnitude: Tensor
+    needs_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def dense(self, base: Tensor) -> Tensor:
+        direction = base + self.inner.dense(base)
+        axis = 1 if self.magnitude.shape[1] == 1 else 0
+        norm = torch.linalg.vector_norm(direction, dim=axis, keepdim=True)
+        return direction.mul_(_float(self.magnitude, base) / norm).sub_(base)
+
+
+@dataclass(frozen=True, eq=False)
+class Swapped:
+    """A change whose rows are stored with their halves swapped: diffusers' final modulation."""
+
+    inner: Change
+
+    @property
+    def needs_base(self) -> bool:
+        return self.inner.needs_base
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def dense(self, base: Tensor) -> Tensor:
+        return swap_halves(self.inner.dense(swap_halves(base)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows start to stop of the tensor `tensor` (BFL's name) of the transformer."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A change and the rows it is for. `key` is the stem of its keys in the file, for messages."""
+
+    target: Target
+    change: Change
+    key: str
+
+    def add_to(self, merged: Tensor, base: Tensor, strength: float) -> None:
+        """merged += strength * dW within the target's rows; both (out, ...) float32, base is left alone."""
+        rows = slice(self.target.start, self.target.stop)
+        if isinstance(self.change, LowRank):
+            self.change.add_to(merged[rows], strength)
+        else:
+            merged[rows].add_(self.change.dense(base[rows]), alpha=strength)
+
+
+def swap_halves(x: Tensor) -> Tensor:
+    """(2n, ...): the second n rows first. Its own inverse."""
+    return x.roll(x.shape[0] // 2, 0)
+
+
+def _float(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.device, torch.float32)

@@ -1,0 +1,49 @@
+"""A small transformer of ours and its configuration, for the tests of this package."""
+
+import torch
+
+from kontext.model.transformer import Transformer, TransformerConfig
+from tests import tiny
+
+CONFIG = TransformerConfig(
+    in_channels=64,
+    out_channels=64,
+    context_width=tiny.CONTEXT_WIDTH,
+    vector_width=tiny.VECTOR_WIDTH,
+    width=tiny.WIDTH,
+    heads=tiny.HEADS,
+    mlp_width=4 * tiny.WIDTH,
+    double_blocks=tiny.DOUBLE,
+    single_blocks=tiny.SINGLE,
+    axes=tiny.AXES,
+    theta=10000.0,
+    guidance=True,
+)
+
+KONTEXT = TransformerConfig(
+    in_channels=64,
+    out_channels=64,
+    context_width=4096,
+    vector_width=768,
+    width=3072,
+    heads=24,
+    mlp_width=12288,
+    double_blocks=19,
+    single_blocks=38,
+    axes=(16, 56, 56),
+    theta=10000.0,
+    guidance=True,
+)
+
+
+def make_transformer(config: TransformerConfig = CONFIG, seed: int = 0) -> Transformer:
+    return tiny.randomise(Transformer(config), seed)
+
+
+def meta_transformer(config: TransformerConfig = KONTEXT) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
