@@ -5,17 +5,19 @@ Exit codes: 0 done; 1 a defect of the program; 2 something the user can put righ
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from importlib import import_module
 from inspect import Parameter, Signature, getdoc
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 from kontext import __version__, console
 from kontext.errors import UserError
 from kontext.options import COMMANDS, argv, config_file
 from kontext.options.base import Options, flag_name
+from kontext.options.reference import sections
 from kontext.options.resolve import resolve
 from kontext.options.spec import Spec, nearest, specs
 
@@ -27,6 +29,7 @@ MEMORY_ADVICE = {
     "batch_size": "a smaller --batch-size",
     "image_size": "a smaller --image-size",
 }
+HELP_ENTRY = ("--help", "", "Show this page and exit.", ("also -h",))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,16 +102,42 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _app() -> typer.Typer:
     app = typer.Typer(
+        cls=_Group,
         add_completion=False,
-        rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": list(argv.HELP)},
-        help="Fine-tune FLUX.1 Kontext and edit pictures with it.",
     )
     app.callback()(_program)
     for name, (module, model) in COMMANDS.items():
-        app.command(name, help=escape(getdoc(model) or ""))(_command(module, model))
+        app.command(name, cls=_Command)(_command(module, model))
     return app
+
+
+class _Group(TyperGroup):
+    """The program; its help names the commands."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        own = ("--version", "", "Show the version and exit.", ())
+        commands = [(name, "", _title(model), ()) for name, (_, model) in COMMANDS.items()]
+        console.help_page(
+            "kontext COMMAND [OPTIONS]",
+            "Fine-tune FLUX.1 Kontext and edit pictures with it.",
+            [("Commands", commands), ("Options", [own, HELP_ENTRY])],
+        )
+
+
+class _Command(TyperCommand):
+    """A command; its help shows the options by group."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        model = COMMANDS[str(self.name)][1]
+        panels = [(title, [astuple(entry) for entry in entries]) for title, entries in sections(model)]
+        panels[-1][1].append(HELP_ENTRY)
+        console.help_page(f"kontext {self.name} [OPTIONS]", getdoc(model) or "", panels)
+
+
+def _title(model: type[Options]) -> str:
+    return (getdoc(model) or "").splitlines()[0]
 
 
 def _show_version(wanted: bool) -> None:
@@ -120,7 +149,7 @@ def _show_version(wanted: bool) -> None:
 def _program(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+        typer.Option("--version", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Options of the program itself."""
@@ -157,39 +186,19 @@ def _negation(spec: Spec) -> str:
 
 
 def _parameters(spec: Spec) -> list[Parameter]:
-    """An option of Typer, and for a switch that is off by default a hidden one that overrides a config file."""
+    """An option of Typer; a switch that is off by default has a second one, which overrides a config file."""
     if spec.kind != "switch":
         annotation, default = (list[str], []) if spec.kind == "list" else (str, None)
-        shown = config_file.shown_default(spec)
-        return [_parameter(spec.name, annotation, default, spec, (spec.flag,), shown)]
+        return [_parameter(spec.name, annotation, default, spec.flag)]
     off = flag_name(spec.off)
     if spec.default:
-        return [_parameter(spec.name, bool, True, spec, (f"{spec.flag}/{off}",), "")]
-    hidden = typer.Option(False, off, hidden=True)
+        return [_parameter(spec.name, bool, True, f"{spec.flag}/{off}")]
     return [
-        _parameter(spec.name, bool, False, spec, (spec.flag,), ""),
-        Parameter(_negation(spec), Parameter.KEYWORD_ONLY, default=hidden, annotation=bool),
+        _parameter(spec.name, bool, False, spec.flag),
+        _parameter(_negation(spec), bool, False, off),
     ]
 
 
-def _parameter(
-    name: str, annotation: Any, default: Any, spec: Spec, declared: tuple[str, ...], shown: str
-) -> Parameter:
-    option = typer.Option(
-        default,
-        *declared,
-        help=_help(spec, shown),
-        metavar=None if spec.kind == "switch" else spec.metavar,
-        rich_help_panel=spec.panel,
-        show_default=False,
-    )
+def _parameter(name: str, annotation: Any, default: Any, declared: str) -> Parameter:
+    option = typer.Option(default, declared)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
-
-
-def _help(spec: Spec, shown: str) -> str:
-    """Description, bounds, default and other names; escaped, since rich reads [brackets] as markup."""
-    notes = [spec.bounds, f"also {spec.also}" if spec.also else "", f"default: {shown}" if shown else ""]
-    text = escape(spec.description)
-    if spec.required:
-        text += " [red]\\[required][/red]"
-    return text + "".join(f" [dim]\\[{escape(note)}][/dim]" for note in notes if note)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.measure import Measurement
+from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -75,6 +76,14 @@ def output(text: str) -> None:
     _stdout().out(text, highlight=False)
 
 
+def ask(mark: str) -> str | None:
+    """A line that the user types behind `mark`; None at the end of the input (Ctrl-D)."""
+    try:
+        return _stderr().input(mark)
+    except EOFError:
+        return None
+
+
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, asked: bool = False
 ) -> None:
@@ -91,6 +100,29 @@ def table(
     else:
         wide = console.options.update(width=10_000)
         console.print(grid, width=Measurement.get(console, wide, grid).maximum, crop=False)
+
+
+HelpEntry = tuple[
+    str, str, str, tuple[str, ...]
+]  # name, what its value looks like, description, facts in short
+
+
+def help_page(usage: str, description: str, panels: Sequence[tuple[str, Sequence[HelpEntry]]]) -> None:
+    """The help of the program or of a command, on stdout: a panel with a title per group of entries."""
+    console = _stdout()
+    console.print(Text.assemble(("Usage: ", "bold yellow"), usage))
+    console.print(Text(f"\n{description}\n"))
+    widest = max(len(f"{name} {metavar}") for _, entries in panels for name, metavar, _, _ in entries)
+    for title, entries in panels:
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(width=min(widest, console.width * 2 // 5))
+        grid.add_column(ratio=1)
+        for name, metavar, text, notes in entries:
+            facts = [(f" [{note}]", "red" if note == "required" else "dim") for note in notes]
+            grid.add_row(
+                Text.assemble((name, "bold cyan"), " ", (metavar, "yellow")), Text.assemble(text, *facts)
+            )
+        console.print(Panel(grid, title=Text(title), title_align="left", border_style="dim"))
 
 
 class Progress(Protocol):

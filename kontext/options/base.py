@@ -30,7 +30,7 @@ class Options(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         protected_namespaces=(),
-        use_attribute_docstrings=False,
+        defer_build=True,  # `--help` needs no validators
     )
 
 

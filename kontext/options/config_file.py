@@ -9,7 +9,7 @@ from typing import Any
 
 from kontext.errors import UserError
 from kontext.options.base import Options
-from kontext.options.spec import Meaning, Spec, names, nearest, specs
+from kontext.options.spec import Meaning, names, nearest, specs
 
 
 def read(path: Path, model: type[Options]) -> dict[str, tuple[str, Any]]:
@@ -40,9 +40,21 @@ def render(options: Options) -> str:
     ]
     blocks = []
     for panel, group in groupby(shown, key=lambda spec: spec.panel):
-        lines = [f"{spec.flag[2:]} = {_toml(getattr(options, spec.name))}" for spec in group]
+        lines = [f"{spec.flag[2:]} = {toml_value(getattr(options, spec.name))}" for spec in group]
         blocks.append("\n".join([f"# {panel}", *lines]))
     return "\n\n".join(blocks)
+
+
+def toml_value(value: Any) -> str:
+    """A value of an option in TOML."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    # A JSON string is a TOML string, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -82,23 +94,3 @@ def _unknown(key: str, known: Mapping[str, Meaning]) -> str:
     match = nearest(key.replace("-", "_"), known)
     hint = f"Did you mean '{match.replace('_', '-')}'?" if match else "--print-config shows the keys."
     return f"there is no option '{key}'. {hint}"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    # A JSON string is a TOML string, but for DEL, which TOML wants escaped.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def shown_default(spec: Spec) -> str:
-    """The default as a help text shows it; empty when there is none."""
-    if spec.required or spec.default is None:
-        return ""
-    if isinstance(spec.default, list | tuple):
-        return " ".join(map(str, spec.default))
-    return _toml(spec.default) if isinstance(spec.default, bool) else str(spec.default)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
 from kontext.options.base import Options, option
@@ -22,6 +23,7 @@ def _device_name(value: str) -> str:
 
 
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_long_precision)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
 class Common(Options):
@@ -32,9 +34,7 @@ class Common(Options):
         default="auto",
     )
     dtype: Precision = option("Precision of the models' weights and arithmetic.", default="bfloat16")
-    seed: int | None = option(
-        "Random seed; without it a new one is drawn and shown.", default=None, ge=0, lt=2**63
-    )
+    seed: Seed | None = option("Random seed; without it a new one is drawn and shown.", default=None)
     config_file: Path | None = option(
         "TOML file with options of this command. What the command line gives wins.",
         default=None,
