@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kontext.model.latents import PATCH, pack, position_ids, unpack
-from kontext.model.transformer import Transformer
+from kontext.model.transformer import Modulations, Transformer
 
 
 @dataclass(frozen=True)
@@ -42,37 +42,62 @@ def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class Denoiser:
     """Velocity (B, C, h, w) of x (B, C, h, w) at noise levels t (B,), under fixed conditioning.
 
-    x and the result are float32; the transformer works in its own dtype. Tokens of references and their
-    positions are made once and serve every step.
+    x and the result are float32; the transformer works in its own dtype. What no step changes is made once:
+    embedded text and references, and their positions.
     """
 
     def __init__(self, transformer: Transformer, conditioning: Conditioning) -> None:
         self.transformer = transformer
-        device, dtype = transformer.img_in.weight.device, transformer.img_in.weight.dtype
-        self.txt = conditioning.txt.to(device, dtype)
-        self.vector = conditioning.vector.to(device, dtype)
-        self.txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=device)
-        self.references = [pack(reference.to(device, dtype)) for reference in conditioning.references]
-        sizes = [(r.shape[-2] // PATCH, r.shape[-1] // PATCH) for r in conditioning.references]
-        ids = [
-            position_ids(*size, index=1, offset=offset)
-            for size, offset in zip(sizes, reference_offsets(sizes), strict=True)
-        ]
-        self.reference_ids = [i[None].to(device) for i in ids]
-        self.guidance = torch.full((self.txt.shape[0],), conditioning.guidance, device=device)
+        self.device, self.dtype = transformer.img_in.weight.device, transformer.img_in.weight.dtype
+        self.vector = conditioning.vector.to(self.device, self.dtype)
+        self.guidance = torch.full((self.vector.shape[0],), conditioning.guidance, device=self.device)
+        self.txt = transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
+        self.references = [self.embed(reference) for reference in conditioning.references]
+        self.reference_ids = [ids.to(self.device) for ids in reference_ids(conditioning.references)]
+        self.positions: dict[tuple[int, int], Tensor] = {}
+        self.prepared: dict[float, Modulations] = {}
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        tokens = pack(x.to(self.txt.dtype))
-        ids = position_ids(height // PATCH, width // PATCH)[None].to(x.device)
-        velocity = self.transformer(
-            torch.cat((tokens, *self.references), 1),
-            torch.cat((ids, *self.reference_ids), 1),
-            self.txt,
-            self.txt_ids,
-            t,
-            self.vector,
-            self.guidance,
-            targets=tokens.shape[1],
-        )
+        img = self.embed(x)
+        tokens = torch.cat((img, *self.references), 1)
+        pe = self.positions_for(height, width)
+        velocity = self.transformer.trunk(tokens, self.txt, pe, self.modulations(t), targets=img.shape[1])
         return unpack(velocity, height, width).float()
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as embedded tokens (B, L, D)."""
+        return self.transformer.img_in(pack(latents.to(self.device, self.dtype)))
+
+    def positions_for(self, height: int, width: int) -> Tensor:
+        """Rotations of text, target of latent size height x width, and references."""
+        if (height, width) not in self.positions:
+            target_ids = position_ids(height // PATCH, width // PATCH).to(self.device)
+            ids = torch.cat((target_ids, *self.reference_ids))[None]
+            txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=self.device)
+            self.positions[height, width] = self.transformer.positions(txt_ids, ids)
+        return self.positions[height, width]
+
+    def prepare(self, levels: Tensor) -> None:
+        """Compute the modulation of noise levels (S,) at once: the weights for it are read only once."""
+        t = levels[:, None].expand(-1, self.vector.shape[0])
+        mods = self.transformer.modulations(torch.stack([self.condition(level) for level in t]))
+        self.prepared = {level: mods[step] for step, level in enumerate(levels.tolist())}
+
+    def modulations(self, t: Tensor) -> Modulations:
+        """The prepared modulation of level t (all of t equal), or a new one."""
+        if self.prepared and (mods := self.prepared.get(t[0].item())) is not None:
+            return mods
+        return self.transformer.modulations(self.condition(t))
+
+    def condition(self, t: Tensor) -> Tensor:
+        return self.transformer.condition(t.to(self.device), self.vector, self.guidance)
+
+
+def reference_ids(references: tuple[Tensor, ...]) -> list[Tensor]:
+    """Positions of the tokens of each reference latent."""
+    sizes = [(r.shape[-2] // PATCH, r.shape[-1] // PATCH) for r in references]
+    return [
+        position_ids(*size, index=1, offset=offset)
+        for size, offset in zip(sizes, reference_offsets(sizes), strict=True)
+    ]

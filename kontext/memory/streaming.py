@@ -10,7 +10,6 @@ autograd would keep views of slots that are overwritten before its turn, so it i
 keep instead, and fetches the block again.
 """
 
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kontext.memory.modulation import HostModulation
+from kontext.memory.pinned import pinned
 from kontext.memory.recompute import recomputing
-from kontext.model.transformer import Transformer
+from kontext.model.transformer import Modulation, Transformer
 
 ALIGNMENT = 256
 
@@ -52,8 +53,13 @@ class Place:
 
 
 def frozen_tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Every parameter that is not trained, and every buffer, with the module that holds it."""
-    for module in block.modules():
+    """Every parameter that is not trained, and every buffer, with the module that holds it.
+
+    Modulation is left out: it is computed ahead of all blocks, see `memory.modulation`.
+    """
+    modulations = (m for m in block.modules() if isinstance(m, Modulation | HostModulation))
+    ahead = {part for modulation in modulations for part in modulation.modules()}
+    for module in (module for module in block.modules() if module not in ahead):
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 yield module, name, parameter
@@ -80,19 +86,6 @@ class Slab:
         """Let the block's tensors be views of `memory`, which holds the slab's bytes."""
         for piece in self.pieces:
             getattr(piece.module, piece.name).data = piece.view(memory)
-
-
-def pinned(nbytes: int) -> Tensor:
-    """Host memory of exactly `nbytes`, page-locked where there is CUDA.
-
-    Registered by hand: torch's own pinned allocator rounds up to powers of two, nearly doubling large slabs.
-    """
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    if torch.cuda.is_available() and nbytes:
-        cudart, address = torch.cuda.cudart(), memory.data_ptr()
-        torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
-        weakref.finalize(memory, cudart.cudaHostUnregister, address)
-    return memory
 
 
 class Copier(Protocol):
@@ -200,7 +193,6 @@ class Streamed(nn.Module):
         self.index = index
 
     def modulation(self, vec: Tensor) -> Tensor:
-        self.ring.fetch(self.index)
         return self.block.modulation(vec)
 
     def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:

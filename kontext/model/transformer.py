@@ -6,6 +6,7 @@ it depends on the timestep alone, not on the tokens.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +81,24 @@ class QKNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`parts` vectors of the model's width from the conditioning vector: (B, D) to (B, 1, parts*D)."""
+    """`parts` vectors of the model's width from the conditioning vector: (..., B, D) to (..., B, 1, parts*D)."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.lin = nn.Linear(width, parts * width)
 
     def forward(self, vec: Tensor) -> Tensor:
-        return self.lin(F.silu(vec))[:, None]
+        return by_level(self.lin, F.silu(vec))
+
+
+def by_level(linear: Callable[[Tensor], Tensor], vec: Tensor) -> Tensor:
+    """(..., B, D) through a linear map, one (B, D) at a time: (..., B, 1, D').
+
+    So levels that are computed ahead together have the digits of levels computed in their turn.
+    """
+    levels = vec.reshape(-1, *vec.shape[-2:])
+    mods = torch.stack([linear(level) for level in levels]) if len(levels) > 1 else linear(levels[0])
+    return mods.reshape(*vec.shape[:-1], 1, -1)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -135,7 +146,7 @@ class DoubleStreamBlock(nn.Module):
         self.attend: Attend = sdpa
 
     def modulation(self, vec: Tensor) -> Tensor:
-        """(B, D) to (B, 1, 12 D): the image's six vectors, then the text's."""
+        """(..., D) to (..., 1, 12 D): the image's six vectors, then the text's."""
         return torch.cat((self.img_mod(vec), self.txt_mod(vec)), -1)
 
     def forward(self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,6 +204,17 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
+@dataclass(frozen=True)
+class Modulations:
+    """The conditioning vector (..., B, D) and what each block makes of it (..., B, 1, parts*D)."""
+
+    vec: Tensor
+    blocks: tuple[Tensor, ...]
+
+    def __getitem__(self, step: int) -> "Modulations":
+        return Modulations(self.vec[step], tuple(mod[step] for mod in self.blocks))
+
+
 class Transformer(nn.Module):
     """Velocity of the image tokens, given text, reference tokens and the noise level."""
 
@@ -218,6 +240,30 @@ class Transformer(nn.Module):
             vec = vec + self.guidance_in(sinusoid(guidance).to(vector.dtype))
         return vec + self.vector_in(vector)
 
+    def modulations(self, vec: Tensor) -> Modulations:
+        """What depends on the conditioning vector (..., B, D) alone; several levels may be computed at once."""
+        return Modulations(vec, tuple(block.modulation(vec) for block in self.blocks()))
+
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from self.double_blocks
+        yield from self.single_blocks
+
+    def positions(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+        """The rotation of every token, text first, for ids (B or 1, T or L, 3)."""
+        return rope(torch.cat((txt_ids, img_ids), 1), self.config.axes, self.config.theta)
+
+    def trunk(
+        self, img: Tensor, txt: Tensor, pe: Tensor, mods: Modulations, *, targets: int | None = None
+    ) -> Tensor:
+        """Velocity of the first `targets` image tokens, from embedded img (B, L, D) and txt (B, T, D)."""
+        double, single = mods.blocks[: len(self.double_blocks)], mods.blocks[len(self.double_blocks) :]
+        for block, mod in zip(self.double_blocks, double, strict=True):
+            img, txt = block(img, txt, mod, pe)
+        x = torch.cat((txt, img), 1)
+        for block, mod in zip(self.single_blocks, single, strict=True):
+            x = block(x, mod, pe)
+        return self.final_layer(x[:, txt.shape[1] :][:, :targets], mods.vec)
+
     def forward(
         self,
         img: Tensor,
@@ -227,21 +273,12 @@ class Transformer(nn.Module):
         t: Tensor,
         vector: Tensor,
         guidance: Tensor | None = None,
-        *,
-        targets: int | None = None,
     ) -> Tensor:
-        """Velocity (B, targets, out_channels) of the first `targets` image tokens (all of them by default).
+        """Velocity (B, L, out_channels) of image tokens (B, L, in_channels), target before reference.
 
-        img (B, L, in_channels), target tokens before reference tokens; txt (B, T, context_width);
-        img_ids, txt_ids (B or 1, L or T, 3) positions; t (B,) noise level in 0..1; vector (B, vector_width)
-        pooled text; guidance (B,) for models with a guidance embedding.
+        txt (B, T, context_width); img_ids, txt_ids (B or 1, L or T, 3) positions; t (B,) noise level in 0..1;
+        vector (B, vector_width) pooled text; guidance (B,) for models with a guidance embedding.
         """
-        vec = self.condition(t, vector, guidance)
-        pe = rope(torch.cat((txt_ids, img_ids), 1), self.config.axes, self.config.theta)
-        img, txt = self.img_in(img), self.txt_in(txt)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, block.modulation(vec), pe)
-        x = torch.cat((txt, img), 1)
-        for block in self.single_blocks:
-            x = block(x, block.modulation(vec), pe)
-        return self.final_layer(x[:, txt.shape[1] :][:, :targets], vec)
+        pe = self.positions(txt_ids, img_ids)
+        mods = self.modulations(self.condition(t, vector, guidance))
+        return self.trunk(self.img_in(img), self.txt_in(txt), pe, mods)

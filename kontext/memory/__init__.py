@@ -1,0 +1,1 @@
+"""Wrappers of a finished model that trade time for memory."""
