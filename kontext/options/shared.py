@@ -59,10 +59,17 @@ class Dit(Options):
         "Keep the weights of the transformer in 8 bits with one scale per tensor: closer to the original than --fp8.",
         default=False,
     )
-    attn_mode: Literal["sdpa", "torch"] = option(
-        "Attention kernel. Both names mean PyTorch's scaled dot product attention.",
+    attn_mode: Literal["sdpa", "torch", "flash", "flash3", "sage", "xformers"] = option(
+        "Attention kernel: sdpa (also called torch) is PyTorch's own; the others need their package "
+        "(flash-attn, flash-attn 3, sageattention, xformers) and a GPU.",
         default="sdpa",
-        flags={"sdpa": "sdpa"},
+        flags={
+            "sdpa": "sdpa",
+            "flash_attn": "flash",
+            "flash3": "flash3",
+            "sage_attn": "sage",
+            "xformers": "xformers",
+        },
     )
 
 
