@@ -7,8 +7,7 @@ Every resize is PIL's Lanczos, in both directions. BFL's and diffusers' referenc
 generation. musubi-tuner shrinks by OpenCV's area average, which is slightly softer; the geometry is the same.
 """
 
-from __future__ import annotations
-
+import importlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def read_picture(path: Path, data: bytes | None = None) -> Picture:
     try:
         with _open(path, data) as image:
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever they trip over
@@ -129,12 +128,13 @@ def _open(path: Path, source: bytes | Path) -> Image.Image:
 
 def _register_jxl(path: Path) -> None:
     try:
-        import pillow_jxl  # noqa: F401  registers itself with Pillow
+        importlib.import_module("pillow_jxl")  # registers itself with Pillow
     except ImportError as error:
         raise UserError(f"{path}: JPEG XL needs the package pillow-jxl-plugin.") from error
 
 
-def _as_rgb(image: Image.Image) -> Picture:
+def as_rgb(image: Image.Image) -> Picture:
+    """A loaded picture of any mode as 8-bit RGB. Raises UserError for floating point pixels."""
     notes = []
     if image.mode.startswith("I"):
         image = _eight_bits(image)

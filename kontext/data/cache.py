@@ -1,0 +1,216 @@
+"""Cache files: one for the latents of an item, one for its text embeddings, in musubi-tuner's format.
+
+    <key>_<W>x<H>_fk.safetensors        W, H: pixels of the upright target before resizing, four digits or more
+        latents_1x<h>x<w>_<dtype>               (C, h, w)   scaled latents of the target
+        latents_control_1x<h>x<w>_<dtype>       (C, h, w)   of the first reference
+        latents_control_<i>_1x<h>x<w>_<dtype>   (C, h, w)   of the others, i from 1
+    <key>_fk_te.safetensors
+        t5_vec_<dtype>                          (T, D)
+        clip_l_pooler_<dtype>                   (V,)
+
+Metadata: `architecture`, `format_version`, `width` and `height` or `caption1`, and of our own `kontext`: a `Record`
+in JSON that tells what the file was made from. Files without it (musubi-tuner's) are read as well.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kontext.data.fingerprints import Stamp
+from kontext.data.images import Size
+from kontext.errors import UserError
+from kontext.files import save_tensors
+
+ARCHITECTURE = "flux_kontext"
+FORMAT_VERSION = "1.0.1"
+RECORD = "kontext"
+ENDINGS = {"latents": "_fk.safetensors", "text": "_fk_te.safetensors"}
+LEFTOVER_SECONDS = 3600
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+Kind = Literal["latents", "text"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a cache file was made from.
+
+    dataset: hash of the block's source, by which a block knows its own files.
+    encoder: hash of the encoders and their settings.
+    sources: stamps of the target and its references; none for text.
+    """
+
+    dataset: str
+    encoder: str
+    sources: tuple[Stamp, ...] = ()
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Scaled latents (C, h, w) of one item: target and references."""
+
+    target: Tensor
+    references: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Embeddings of one caption: txt (T, D) from T5, vector (V,) from CLIP."""
+
+    txt: Tensor
+    vector: Tensor
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a cache file says without its tensors being read.
+
+    shapes: by logical name (`latents`, `latents_control`, `latents_control_1`, `t5_vec`, `clip_l_pooler`).
+    names: the keys in the file by logical name. record: None in files of other programs.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    names: Mapping[str, str]
+    caption: str | None
+    record: Record | None
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Logical names of the references, in order."""
+        found = [name for name in self.shapes if name.startswith("latents_control")]
+        return tuple(sorted(found, key=lambda name: int(name.removeprefix("latents_control")[1:] or 0)))
+
+
+def latents_path(folder: Path, key: str, size: Size) -> Path:
+    """The file of an item's latents; `size` is that of the upright target picture."""
+    return folder / f"{key}_{size[0]:04d}x{size[1]:04d}{ENDINGS['latents']}"
+
+
+def text_path(folder: Path, key: str) -> Path:
+    """The file of an item's text embeddings."""
+    return folder / f"{key}{ENDINGS['text']}"
+
+
+def write_latents(path: Path, latents: Latents, *, size: Size, record: Record, source: str) -> None:
+    """Write atomically. Raises UserError when a value is not finite, or the file cannot be written.
+
+    source: what the user knows the item by, for the message.
+    """
+    tensors = {_latents_name("latents", latents.target): latents.target}
+    for index, reference in enumerate(latents.references):
+        name = f"latents_control_{index}" if index else "latents_control"
+        tensors[_latents_name(name, reference)] = reference
+    _check_finite(tensors, source)
+    _save(path, tensors, {"width": str(size[0]), "height": str(size[1])}, record)
+
+
+def write_text(path: Path, text: Text, *, caption: str, record: Record, source: str) -> None:
+    """As `write_latents`."""
+    tensors = {
+        f"t5_vec_{_dtype_name(text.txt)}": text.txt,
+        f"clip_l_pooler_{_dtype_name(text.vector)}": text.vector,
+    }
+    _check_finite(tensors, source)
+    _save(path, tensors, {"caption1": caption}, record)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, str], record: Record) -> None:
+    metadata = {"architecture": ARCHITECTURE, "format_version": FORMAT_VERSION, **extra}
+    save_tensors(path, tensors, {**metadata, RECORD: json.dumps(asdict(record))})
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: its {logical_name(name)} contain NaN or infinity and were not cached. "
+                "Encode in a wider precision (float32), or check the weights."
+            )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _latents_name(name: str, tensor: Tensor) -> str:
+    return f"{name}_1x{tensor.shape[-2]}x{tensor.shape[-1]}_{_dtype_name(tensor)}"
+
+
+def logical_name(key: str) -> str:
+    """A key without its dtype and, for latents, without its size: `latents_1x8x8_float32` -> `latents`."""
+    for dtype in sorted(DTYPES, key=len, reverse=True):
+        if key.endswith(f"_{dtype}"):
+            key = key.removesuffix(f"_{dtype}")
+            break
+    return re.sub(r"_\d+x\d+x\d+$", "", key) if key.startswith("latents_") else key
+
+
+def read_header(path: Path) -> Header | None:
+    """What is in a cache file; None when it is damaged, cut short or something else. The file must exist."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            keys = list(file.keys())
+            names = {logical_name(key): key for key in keys}
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
+    except (SafetensorError, OSError):
+        return None
+    if metadata.get("architecture") != ARCHITECTURE:
+        return None
+    return Header(shapes, names, metadata.get("caption1"), _parse_record(metadata.get(RECORD)))
+
+
+def _parse_record(text: str | None) -> Record | None:
+    try:
+        values: dict[str, Any] = json.loads(text or "")
+        sources = tuple(Stamp(**stamp) for stamp in values["sources"])
+        return Record(values["dataset"], values["encoder"], sources)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def read_latents(path: Path) -> Latents:
+    """The tensors of a latents file. Raises UserError when it cannot be read."""
+    header, tensors = _read(path)
+    return Latents(tensors["latents"], tuple(tensors[name] for name in header.references))
+
+
+def read_text(path: Path) -> Text:
+    """The tensors of a text file. Raises UserError when it cannot be read."""
+    _, tensors = _read(path)
+    return Text(tensors["t5_vec"], tensors["clip_l_pooler"])
+
+
+def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    header = read_header(path) if path.exists() else None
+    if header is None:
+        raise UserError(f"{path}: this cache file is missing or damaged; run the cache commands again.")
+    with safe_open(path, "pt") as file:
+        return header, {name: file.get_tensor(key) for name, key in header.names.items()}
+
+
+def delete_stale(folder: Path, kind: Kind, *, dataset: str, keep: Iterable[Path]) -> list[Path]:
+    """Delete the cache files of items that are no longer listed, and tell which.
+
+    Only files that this program wrote for this block (`Record.dataset`) are touched: a cache folder is often the
+    picture folder, and other dataset files may cache there too. Temporary files of runs that were killed go as well.
+    """
+    kept = {path.name for path in keep}
+    stale = []
+    for path in sorted(folder.glob(f"*{ENDINGS[kind]}")):
+        header = None if path.name in kept else read_header(path)
+        if header and header.record and header.record.dataset == dataset:
+            path.unlink(missing_ok=True)
+            stale.append(path)
+    for path in folder.glob(".kontext-*.tmp"):
+        if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+            path.unlink(missing_ok=True)
+    return stale

@@ -1,0 +1,264 @@
+"""What a dataset block holds: target pictures with a caption and, for edits, their references."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kontext import console
+from kontext.data.config import Dataset
+from kontext.errors import UserError
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+OTHER_PICTURES = (".heic", ".heif", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to learn from. Without `controls` it is text-to-image.
+
+    key: the name of its cache files, unique in its block; the target's name without extension wherever that is.
+    """
+
+    key: str
+    image: Path
+    caption: str
+    controls: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One thing that was left out."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Skips:
+    """Collects what is left out and why; with `strict` the first one ends the run."""
+
+    strict: bool = False
+    rows: list[Skipped] = field(default_factory=list)
+
+    def add(self, name: Path | str, reason: str) -> None:
+        """Leave `name` out. Raises UserError when strict."""
+        reason = reason.removeprefix(f"{name}: ")
+        if self.strict:
+            raise UserError(f"{name}: {reason.rstrip('.')}. (Without --strict it would be skipped.)")
+        self.rows.append(Skipped(str(name), reason))
+
+    def show(self) -> None:
+        """Print the table of all that was left out."""
+        if self.rows:
+            console.table("Skipped", ("file", "reason"), [(row.name, row.reason) for row in self.rows])
+
+
+def list_items(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
+    """The items of a block, in a fixed order. Repeats are left to the batches.
+
+    What lacks a caption goes to `skips`. Raises UserError when references are missing or nothing is left.
+    """
+    before = len(skips.rows)
+    items = _from_folder(dataset, skips) if dataset.image_directory else _from_jsonl(dataset, skips)
+    if not items:
+        left_out = len(skips.rows) - before
+        reason = f"all {left_out} pictures were skipped, the first one because: {skips.rows[before].reason}"
+        raise UserError(
+            f"{dataset.source}: no items: {reason if left_out else 'there are no pictures in it'}."
+        )
+    return items
+
+
+def unique_keys(stems: Sequence[str]) -> list[str]:
+    """Each stem, and where one comes again (in any case) a suffix that makes a name nobody else has: `a`, `a~2`."""
+    taken: set[str] = set()
+    given = {stem.casefold() for stem in stems}
+    keys = []
+    for stem in stems:
+        key, number = stem, 1
+        while key.casefold() in taken or (number > 1 and key.casefold() in given):
+            number += 1
+            key = f"{stem}~{number}"
+        taken.add(key.casefold())
+        keys.append(key)
+    return keys
+
+
+# ---- folders ----
+
+
+def _from_folder(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
+    assert dataset.image_directory is not None
+    images = list_pictures(dataset.image_directory)
+    controls: dict[Path, tuple[Path, ...]] = {}
+    if dataset.control_directory:
+        controls, lonely = match_controls(images, list_pictures(dataset.control_directory))
+        if lonely:
+            console.notice(f"{dataset.control_directory}: {_named(lonely)} not used: no target of that name.")
+    items = []
+    for key, image in zip(unique_keys([path.stem for path in images]), images, strict=True):
+        caption = _caption_of(image, dataset.caption_extension, skips)
+        if caption is not None:
+            items.append(Item(key, image, caption, controls.get(image, ())))
+    missing = [item.image for item in items if not item.controls]
+    if dataset.control_directory and missing:
+        raise UserError(
+            f"{dataset.control_directory}: no reference for {_named(missing)}. A reference of cat.png is called "
+            "cat.png, cat_0.png, cat_1.jpg ... Targets without one belong into a block without control_directory."
+        )
+    return tuple(items)
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder, not of its subfolders, sorted by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    other = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
+    if other:
+        console.notice(f"{folder}: {_named(other)} not read. Kinds that are: {' '.join(IMAGE_EXTENSIONS)}")
+    return [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+
+
+def match_controls(
+    images: Iterable[Path], controls: Iterable[Path]
+) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
+    """References by target, in order, and the references that are left over.
+
+    A reference belongs to the target with the longest name T such that its own begins with `T.` or `T_`. `T.png`
+    comes first, then `T_0.png`, `T_1.png` ... by number.
+    """
+    images = list(images)
+    stems = {image.stem for image in images}
+    found: dict[str, list[tuple[int, Path]]] = {stem: [] for stem in stems}
+    lonely = []
+    for control in controls:
+        cuts = [match.start() for match in re.finditer(r"[._]", control.name)]
+        owner = next((control.name[:cut] for cut in reversed(cuts) if control.name[:cut] in stems), None)
+        if owner is None:
+            lonely.append(control)
+        else:
+            found[owner].append((_rank(control, owner), control))
+    ordered = {stem: tuple(path for _, path in sorted(pairs)) for stem, pairs in found.items()}
+    return {image: ordered[image.stem] for image in images}, lonely
+
+
+def _rank(control: Path, owner: str) -> int:
+    if control.stem == owner:
+        return 0
+    number = control.stem.rpartition("_")[2]
+    if not (number.isascii() and number.isdigit()):
+        raise UserError(
+            f"{control}: cannot tell which reference of {owner} this is. Name references {owner}.png, {owner}_0.png, "
+            f"{owner}_1.png ..., or move this file elsewhere."
+        )
+    return int(number) + 1
+
+
+def _caption_of(image: Path, extension: str, skips: Skips) -> str | None:
+    path = image.with_name(image.stem + extension)
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        skips.add(image, f"no caption: there is no {path.name} beside it")
+    except UnicodeDecodeError:
+        skips.add(image, f"the caption {path.name} is not UTF-8 text")
+    except OSError as error:
+        skips.add(image, f"the caption {path.name} cannot be read ({error.strerror})")
+    return None
+
+
+def _named(paths: Sequence[Path], most: int = 5) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(path.name for path in paths[:most]) + more
+
+
+# ---- JSON lines ----
+
+
+def _from_jsonl(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
+    path = dataset.source
+    rows = list(_read_rows(path))
+    _check_all_have_controls(path, rows)
+    keys = unique_keys([row.image.stem for row in rows])
+    items = []
+    for key, row in zip(keys, rows, strict=True):
+        if row.caption is None:
+            skips.add(f"{path}:{row.number}", f"no caption for {row.image}")
+        else:
+            items.append(Item(key, row.image, row.caption.strip(), row.controls or ()))
+    return tuple(items)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line. controls: None when it does not say, () when it says that there are none."""
+
+    number: int
+    image: Path
+    caption: str | None
+    controls: tuple[Path, ...] | None
+
+
+def _read_rows(path: Path) -> Iterable[_Row]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _row(f"{path}:{number}", number, line)
+
+
+def _row(place: str, number: int, line: str) -> _Row:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not a line of JSON ({error.msg}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{place}: an object with image_path and caption was expected.")
+    _check_keys(place, values)
+    image = values.get("image_path", values.get("image_path_0"))
+    caption = values.get("caption")
+    if not isinstance(image, str) or not isinstance(caption, str | None):
+        raise UserError(f"{place}: image_path and caption must be texts.")
+    return _Row(number, Path(image), caption, _row_controls(place, values))
+
+
+def _check_keys(place: str, values: dict[str, Any]) -> None:
+    """Columns of other tools may stay; a misspelt one of ours, which would be lost silently, may not."""
+    known = ("image_path", "caption", "control_path")
+    for name in values:
+        base = re.sub(r"_\d+$", "", name)
+        near = difflib.get_close_matches(base, known, n=1, cutoff=0.8)
+        if base not in known and near:
+            raise UserError(f"{place}: unknown key {name}. Did you mean {near[0]}?")
+        if base == "image_path" and name not in ("image_path", "image_path_0"):
+            raise UserError(f"{place}: {name}: FLUX.1 Kontext learns one target per line.")
+
+
+def _row_controls(place: str, values: dict[str, Any]) -> tuple[Path, ...] | None:
+    """`control_path` or `control_path_N` by ascending N; an explicit null means that there is no reference."""
+    numbered = {}
+    for name, value in values.items():
+        match = re.fullmatch(r"control_path(?:_(\d+))?", name)
+        if match is None:
+            continue
+        if not isinstance(value, str | None) or value == "":
+            raise UserError(f"{place}: {name} must be a path, or null for an item without reference.")
+        numbered[int(match[1] or 0)] = value
+    if not numbered:
+        return None
+    return tuple(Path(value) for _, value in sorted(numbered.items()) if value is not None)
+
+
+def _check_all_have_controls(path: Path, rows: Sequence[_Row]) -> None:
+    silent = [row for row in rows if row.controls is None]
+    if silent and len(silent) < len(rows) and any(row.controls for row in rows):
+        lines = ", ".join(str(row.number) for row in silent[:5])
+        raise UserError(
+            f"{path}: no control_path in line {lines}{' and others' if len(silent) > 5 else ''}, while other lines "
+            "have one. Add it, or write null for an item without reference."
+        )
