@@ -8,6 +8,7 @@ mode, sigma_sqrt, cosmap), Black Forest Labs (shift by resolution).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
@@ -124,6 +125,13 @@ def truncate(parts: Sequence[Part], minimum: float, maximum: float) -> list[Part
     return [replace(part, weight=part.weight / total) for part in kept]
 
 
+@lru_cache
+def distribution(settings: Timesteps, tokens: int) -> tuple[Part, ...]:
+    """The parts that levels are drawn from: cut to the range if the shape is to be preserved, else whole."""
+    parts = parts_of(settings, tokens)
+    return tuple(truncate(parts, settings.minimum, settings.maximum) if settings.preserve_shape else parts)
+
+
 def evaluate(parts: Sequence[Part], u: Tensor) -> Tensor:
     """Levels of u (B,): u picks a part by the parts' weights, and its rest the place within that part."""
     t = torch.empty_like(u)
@@ -142,11 +150,9 @@ def levels(settings: Timesteps, u: Tensor, tokens: int) -> Tensor:
 
     A limited range squeezes the distribution into it, or cuts off what lies outside with `preserve_shape`.
     """
-    parts = parts_of(settings, tokens)
     low, high = settings.minimum, settings.maximum
-    if settings.preserve_shape:
-        return evaluate(truncate(parts, low, high), u).clamp(low, high).float()
-    return (low + (high - low) * evaluate(parts, u)).float()
+    t = evaluate(distribution(settings, tokens), u)
+    return (t.clamp(low, high) if settings.preserve_shape else low + (high - low) * t).float()
 
 
 def loss_weights(weighting: str, t: Tensor) -> Tensor:

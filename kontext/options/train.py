@@ -1,7 +1,114 @@
 """Options of `kontext train`."""
 
-from kontext.options.shared import Common
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, model_validator
+
+from kontext.options.base import Options, option
+from kontext.options.shared import Common, DatasetFile, Dit, Encoders, Precision, Vae
+from kontext.options.train_how import Length, Memory, Network, Noise, Optimization
 
 
-class Train(Common):
+def _float(value: Any) -> Any:
+    return "float32" if value == "float" else value
+
+
+class Saving(Options):
+    """Saving"""
+
+    output_dir: Path = option("Folder for the LoRA, states and samples.")
+    output_name: str = option("Name of the LoRA file, without ending.", pattern=r"^[^/\\]+$")
+    save_precision: Annotated[Precision, BeforeValidator(_float)] = option(
+        "Precision of the LoRA file.", default="float32"
+    )
+    save_every_n_epochs: int | None = option("Save the LoRA every n epochs.", default=None, ge=1)
+    save_every_n_steps: int | None = option("Save the LoRA every n steps.", default=None, ge=1)
+    save_last_n_epochs: int | None = option(
+        "Of those saved by epoch, keep the last n and delete older ones.", default=None, ge=1
+    )
+    save_last_n_steps: int | None = option(
+        "Of those saved by step, keep those of the last n steps and delete older ones.", default=None, ge=1
+    )
+    save_last_n_epochs_state: int | None = option(
+        "The same for states by epoch. Without it: as for the LoRA.", default=None, ge=1
+    )
+    save_last_n_steps_state: int | None = option(
+        "The same for states by step. Without it: as for the LoRA.", default=None, ge=1
+    )
+    save_state: bool = option(
+        "With each save, at the end and on Ctrl-C, save a state from which training can go on.", default=False
+    )
+    save_state_on_train_end: bool = option("Save a state at the end and on Ctrl-C.", default=False)
+    resume: Path | None = option(
+        "Go on from a state folder; auto: from the last complete one of this output name, if there is any.",
+        default=None,
+    )
+
+
+class Samples(Options):
+    """Sample pictures"""
+
+    sample_prompts: Path | None = option(
+        "Prompts of the sample pictures: .txt (one per line, with --w --h --d --s --g --fs --ci), .toml or .json.",
+        default=None,
+    )
+    sample_every_n_steps: int | None = option("Make samples every n steps.", default=None, ge=1)
+    sample_every_n_epochs: int | None = option("Make samples every n epochs.", default=None, ge=1)
+    sample_at_first: bool = option("Make samples before the first step.", default=False)
+
+
+class Logs(Options):
+    """Logs"""
+
+    logging_dir: Path | None = option("Folder for logs; given alone it means TensorBoard.", default=None)
+    log_with: Literal["tensorboard"] | None = option("Write logs for this program.", default=None)
+    log_prefix: str = option("Put before the name of the log folder, which is the time.", default="")
+
+
+class Metadata(Options):
+    """Metadata"""
+
+    training_comment: str | None = option("A remark that is written into the LoRA file.", default=None)
+    no_metadata: bool = option(
+        "Leave training settings out of the LoRA file, but for what programs need to read it.", default=False
+    )
+    metadata_time: bool = option(
+        "Write the times of training into the LoRA file. Two equal runs then differ in these.", default=False
+    )
+    metadata_title: str | None = option("Title. Without it: the output name.", default=None)
+    metadata_author: str | None = option("Author.", default=None)
+    metadata_description: str | None = option("Description.", default=None)
+    metadata_license: str | None = option("License.", default=None)
+    metadata_tags: str | None = option("Tags, separated by commas.", default=None)
+    metadata_reso: str | None = option(
+        "Resolution as WIDTHxHEIGHT. Without it: that of the dataset.", default=None
+    )
+    metadata_arch: str | None = option("Architecture. Without it: flux-1-dev/lora.", default=None)
+
+
+class Train(
+    Saving, Network, Length, Optimization, Noise, Memory, Samples, Logs, Metadata, DatasetFile, Dit, Vae, Encoders, Common
+):
     """Train a LoRA."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError("--min-timestep must be less than --max-timestep.")
+        if self.log_with and self.logging_dir is None:
+            raise ValueError("--log-with needs --logging-dir, the folder to write to.")
+        if (self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first) and (
+            self.sample_prompts is None
+        ):
+            raise ValueError("Sample pictures need --sample-prompts, the file with their prompts.")
+        if self.sample_prompts is not None and None in (self.vae, self.text_encoder1, self.text_encoder2):
+            raise ValueError("--sample-prompts needs --vae, --text-encoder1 and --text-encoder2 too.")
+        return self
+
+    @property
+    def precision(self) -> str | None:
+        """The --dtype that was asked for, in either way; None when it was left open."""
+        mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision or "no")
+        given = "dtype" in self.model_fields_set
+        return self.dtype if given or (self.mixed_precision == "no") else mixed

@@ -1,0 +1,132 @@
+"""Groups of `kontext train` that say what is trained and how: network, noise levels, optimizer, length."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+
+from kontext.options.base import Options, option
+
+NETWORKS = {"networks.lora_flux": "lora", "networks.lora": "lora"}
+
+
+def _network(value: Any) -> Any:
+    return NETWORKS.get(value, value) if isinstance(value, str) else value
+
+
+def _pair(words: list[str]) -> list[str]:
+    for word in words:
+        if not word.partition("=")[1] or not word.partition("=")[0].strip():
+            raise ValueError(f"{word!r} is not of the form key=value.")
+    return words
+
+
+Pairs = Annotated[list[str], AfterValidator(_pair)]
+
+
+class Network(Options):
+    """Network"""
+
+    network_module: Annotated[Literal["lora"], BeforeValidator(_network)] = option(
+        "What is trained: lora (networks.lora_flux means the same).", default="lora"
+    )
+    network_dim: int = option("Rank of the LoRA.", default=16, ge=1)
+    network_alpha: float | None = option(
+        "Alpha of the LoRA, which acts with strength alpha/rank. Without it: the rank.", default=None, gt=0
+    )
+    network_dropout: float = option("Dropout between the two factors of the LoRA.", default=0.0, ge=0, lt=1)
+    network_args: Pairs = option(
+        "Further settings as key=value: rank_dropout, module_dropout, include_patterns, exclude_patterns (a regex, or "
+        "a list of them in Python's spelling), loraplus_lr_ratio.",
+        default=[],
+    )
+    network_weights: Path | None = option(
+        "Adapter file to start from, in any format that generate reads.", default=None
+    )
+
+
+class Noise(Options):
+    """Noise levels"""
+
+    timestep_sampling: Literal[
+        "sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr", "qinglong_flux"
+    ] = option("How noise levels are drawn. flux_shift depends on the size of the picture.", default="flux_shift")
+    sigmoid_scale: float = option("Width of sigmoid, shift and flux_shift.", default=1.0, gt=0)
+    discrete_flow_shift: float = option("Shift of the levels for shift and sigma.", default=1.0, gt=0)
+    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = option(
+        "cosmap and sigma_sqrt weight the loss by level; logit_normal and mode shape the sampling of sigma.",
+        default="none",
+    )
+    logit_mean: float = option("Mean of logsnr, and of sigma with logit_normal.", default=0.0)
+    logit_std: float = option("Spread of logsnr, and of sigma with logit_normal.", default=1.0, gt=0)
+    mode_scale: float = option("Strength of sigma with mode.", default=1.29, ge=-1, le=1.75)
+    min_timestep: int = option("Lowest level that is trained, in thousandths.", default=0, ge=0, le=999)
+    max_timestep: int = option("Highest level that is trained, in thousandths.", default=1000, ge=1, le=1000)
+    preserve_distribution_shape: bool = option(
+        "With a limited range: cut the distribution off there instead of squeezing it in.", default=False
+    )
+    num_timestep_buckets: int | None = option(
+        "Draw the levels of an epoch evenly from this many equal shares of the distribution.", default=None, ge=2
+    )
+    guidance_scale: float = option("Guidance that the model is told in training.", default=1.0, ge=0)
+
+
+class Optimization(Options):
+    """Optimizer"""
+
+    optimizer_type: str = option(
+        "adamw, adamw8bit, pagedadamw8bit, lion8bit, adafactor, prodigy, adamwschedulefree, sgd, or module.Class.",
+        default="adamw",
+    )
+    optimizer_args: Pairs = option("Its arguments as key=value, such as weight_decay=0.01.", default=[])
+    learning_rate: float = option("Learning rate.", default=1e-4, gt=0)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+        "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "rex",
+    ] = option("How the learning rate changes.", default="constant")  # fmt: skip
+    lr_warmup_steps: float = option(
+        "Steps over which the learning rate rises from 0; below 1: a share of all steps.", default=0, ge=0
+    )
+    lr_decay_steps: float = option(
+        "Steps over which warmup_stable_decay falls at the end; below 1: a share of all steps.", default=0, ge=0
+    )
+    lr_scheduler_num_cycles: int = option("Restarts of cosine_with_restarts.", default=1, ge=1)
+    lr_scheduler_power: float = option("Power of polynomial.", default=1.0, gt=0)
+    lr_scheduler_timescale: int | None = option(
+        "Time scale of inverse_sqrt in steps. Without it: the warmup.", default=None, ge=1
+    )
+    lr_scheduler_min_lr_ratio: float = option(
+        "Floor of cosine_with_min_lr, warmup_stable_decay and rex, as a share of the learning rate.",
+        default=0.0,
+        ge=0,
+        le=1,
+    )
+    max_grad_norm: float = option("Gradients are clipped to this norm; 0: not at all.", default=1.0, ge=0)
+
+
+class Length(Options):
+    """Length and batches"""
+
+    max_train_steps: int = option("Optimizer steps of the run.", default=1600, ge=1)
+    max_train_epochs: int | None = option("Epochs of the run, instead of steps.", default=None, ge=1)
+    gradient_accumulation_steps: int = option("Batches per optimizer step.", default=1, ge=1)
+    max_data_loader_n_workers: int = option("Processes that load batches; 0: none of their own.", default=2, ge=0)
+    persistent_data_loader_workers: bool = option(
+        "Accepted for old command lines: loading processes always live through all epochs.", default=False
+    )
+
+
+class Memory(Options):
+    """Precision and memory"""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        "fp16 and bf16 stand for --dtype float16 and bfloat16. The LoRA and its optimizer are always float32. "
+        "Without it: what accelerate launch was given.",
+        default=None,
+    )
+    gradient_checkpointing: bool = option(
+        "Compute each block again in the backward pass instead of keeping what it computed.", default=False
+    )
+    gradient_checkpointing_cpu_offload: bool = option(
+        "With gradient checkpointing, which it implies: keep the inputs of the blocks in host memory.", default=False
+    )
