@@ -23,7 +23,7 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
     """Rotation of every channel pair for positions `ids` (B, L, len(axes)).
 
     Axis i turns axes[i]/2 pairs by ids[..., i] * theta^(-2j/axes[i]), j = 0, 1, ... (RoFormer, by axis).
-    Returns (B, 1, L, sum(axes)/2, 2): cosine and sine in float32, from angles in float64, where large
+    Returns (B, 1, L, sum(axes)/2): unit complex numbers in complex64, from angles in float64, where large
     positions keep their digits.
     """
     angles = []
@@ -31,14 +31,16 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
         steps = torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device)
         angles.append(ids[..., axis, None].double() * theta ** (-steps / channels))
     angle = torch.cat(angles, -1).unsqueeze(1)
-    return torch.stack((angle.cos(), angle.sin()), -1).float()
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Turn the neighbouring channel pairs of x (B, H, L, D) by pe (B, 1, L, D/2, 2), in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = pe.unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    """Turn the neighbouring channel pairs of x (B, H, L, D) by pe (B, 1, L, D/2), in float32.
+
+    A pair is a complex number: one multiplication instead of six passes over memory.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * pe).flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attend: Attend) -> Tensor:
