@@ -1,7 +1,7 @@
 """The only place that prints: rich on a terminal, plain lines in a log file or a pipe.
 
 Everything goes to stderr except what a user asked for and may pipe (`output`, `table(..., asked=True)`).
-In a run of several processes only the first one speaks.
+In a run of several processes only the first one speaks, but for errors.
 """
 
 import os
@@ -32,13 +32,21 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 @cache
+def _console(stderr: bool, quiet: bool) -> Console:
+    return Console(stderr=stderr, quiet=quiet)
+
+
+def _process() -> int:
+    """The number of this process among those that accelerate or torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _stderr() -> Console:
-    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    return _console(stderr=True, quiet=_process() > 0)
 
 
-@cache
 def _stdout() -> Console:
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return _console(stderr=False, quiet=_process() > 0)
 
 
 def _line(console: Console, label: str, style: str, text: str) -> None:
@@ -62,13 +70,14 @@ def warn(text: str) -> None:
 
 
 def error(text: str) -> None:
-    """Why the program ends."""
-    _line(_stderr(), "error: ", "red", text)
+    """Why the program ends; every process may say it."""
+    label = f"error (process {_process()}): " if _process() else "error: "
+    _line(_console(stderr=True, quiet=False), label, "red", text)
 
 
 def traceback(error: BaseException) -> None:
     """Where an error comes from, for `--debug`."""
-    _line(_stderr(), "", "default", "".join(format_exception(error)).rstrip())
+    _line(_console(stderr=True, quiet=False), "", "default", "".join(format_exception(error)).rstrip())
 
 
 def output(text: str) -> None:
@@ -95,11 +104,10 @@ def table(
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
-    if console.is_terminal:
-        console.print(grid)
-    else:
-        wide = console.options.update(width=10_000)
-        console.print(grid, width=Measurement.get(console, wide, grid).maximum, crop=False)
+    if not console.is_terminal:  # a file has no width: nothing is cut or folded
+        width = Measurement.get(console, console.options.update(width=10_000), grid).maximum
+        console = Console(file=console.file, width=width, quiet=console.quiet)
+    console.print(grid)
 
 
 HelpEntry = tuple[
@@ -142,8 +150,10 @@ def progress(title: str, total: int, *, unit: str = "it", done: int = 0) -> Iter
     console = _stderr()
     if not console.is_terminal:
         lines = _Lines(title, total, unit, done)
-        yield lines
-        lines.finish()
+        try:
+            yield lines
+        finally:
+            lines.finish()
         return
     columns = (
         SpinnerColumn(finished_text="[green]✓"),

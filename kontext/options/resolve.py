@@ -59,7 +59,7 @@ def _reason(error: ErrorDetails, spec: Spec, value: Any) -> str:
         return _own_words(error)
     if error["type"] in COMPARISONS:
         words, key = COMPARISONS[error["type"]]
-        return f"must be {words} {error['ctx'][key]}, not {error['input']}."
+        return f"must be {words} {error['ctx'][key]:.12g}, not {error['input']}."
     match = nearest(str(value), spec.metavar.split("|")) if error["type"] == "literal_error" else None
     hint = f" Did you mean {match}?" if match else ""
     given = " ".join(map(str, value)) if isinstance(value, list) else str(value)

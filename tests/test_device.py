@@ -1,0 +1,32 @@
+"""Names of devices and precisions."""
+
+import pytest
+import torch
+
+from kontext.device import resolve_device, resolve_dtype
+from kontext.errors import UserError
+
+
+def test_auto_takes_the_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert resolve_device("auto") == torch.device(expected)
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: PyTorch .* sees no CUDA GPU. Use --device cpu"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="--device cuda:2: there are 2 GPUs"):
+        resolve_device("cuda:2")
+
+
+def test_precisions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolve_dtype("float32") is torch.float32 and resolve_dtype("bfloat16") is torch.bfloat16
+    assert capsys.readouterr().err == ""
+    assert resolve_dtype("float16") is torch.float16
+    assert "overflows in float16" in capsys.readouterr().err
