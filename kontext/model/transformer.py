@@ -111,6 +111,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, 1 + scale, layer_norm(x))
 
 
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update, in one pass over memory."""
+    return torch.addcmul(x, gate, update)
+
+
 class SelfAttention(nn.Module):
     """The projections of one stream; the attention itself runs over both."""
 
@@ -162,11 +167,11 @@ class DoubleStreamBlock(nn.Module):
         v = torch.cat((txt_v, img_v), 2)
         txt_out, img_out = attention(q, k, v, pe, self.attend).split((txt.shape[1], img.shape[1]), 1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_out)
-        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
+        img = gated(img, img_gate1, self.img_attn.proj(img_out))
+        img = gated(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
 
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        txt = gated(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = gated(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -190,7 +195,7 @@ class SingleStreamBlock(nn.Module):
         qkv, hidden = self.linear1(modulate(x, shift, scale)).split(self.split, -1)
         q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
         out = attention(*self.norm(q, k), v, pe, self.attend)
-        return x + gate * self.linear2(torch.cat((out, F.gelu(hidden, approximate="tanh")), -1))
+        return gated(x, gate, self.linear2(torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)))
 
 
 class FinalLayer(nn.Module):
