@@ -1,0 +1,19 @@
+"""Models from files: every published layout, told apart by its tensors, read one tensor at a time."""
+
+from kontext.checkpoints.autoencoder import load_autoencoder
+from kontext.checkpoints.source import Source, open_source
+from kontext.checkpoints.text import load_clip, load_t5
+from kontext.checkpoints.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from kontext.checkpoints.transformer import load_transformer, transformer_config
+
+__all__ = [
+    "Source",
+    "load_autoencoder",
+    "load_clip",
+    "load_clip_tokenizer",
+    "load_t5",
+    "load_t5_tokenizer",
+    "load_transformer",
+    "open_source",
+    "transformer_config",
+]
