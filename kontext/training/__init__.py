@@ -1,0 +1,1 @@
+"""Training of adapters: from cached batches to a LoRA file, resumable bit for bit."""

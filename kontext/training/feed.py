@@ -1,0 +1,118 @@
+"""From the order of batches to what a step computes with: loaded, noise drawn, on the device, ahead of time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kontext.data.batches import Batch
+from kontext.timesteps import stratified
+from kontext.training.plan import Plan
+from kontext.training.seeds import draw_noise, draw_uniform, generator_of
+
+Place = tuple[int, int]
+"""(step, index of the batch within its epoch)."""
+
+
+class Batches(Protocol):
+    """The dataset as training sees it."""
+
+    def sizes(self, epoch: int) -> list[int]:
+        """Items in each batch of an epoch, in its order."""
+
+    def load(self, epoch: int, index: int) -> Batch:
+        """A batch of an epoch, from the caches."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch with everything random about it, but dropout.
+
+    noise: (B, C, h, w); u: (B,) float64 in 0..1, from which the noise levels follow; share: the part that this batch
+    has in the items of its step.
+    """
+
+    epoch: int
+    index: int
+    share: float
+    batch: Batch
+    noise: Tensor
+    u: Tensor
+
+    def pin_memory(self) -> "Example":
+        """What DataLoader calls, so that copies to the GPU need not be waited for."""
+        return replace(self, batch=_moved(self.batch, Tensor.pin_memory), noise=self.noise.pin_memory())
+
+    def to(self, device: torch.device) -> "Example":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(self, batch=_moved(self.batch, move), noise=move(self.noise))
+
+
+def _moved(batch: Batch, move: object) -> Batch:
+    assert callable(move)
+    return replace(
+        batch,
+        latents=move(batch.latents),
+        references=tuple(move(reference) for reference in batch.references),
+        txt=move(batch.txt),
+        vector=move(batch.vector),
+    )
+
+
+class Examples(Dataset[Example]):
+    """Examples by place. A worker process holds a copy; nothing in it changes but a memory of the last epoch."""
+
+    def __init__(self, batches: Batches, plan: Plan, *, seed: int, buckets: int | None = None) -> None:
+        self.batches = batches
+        self.plan = plan
+        self.seed = seed
+        self.buckets = buckets
+        self._pool: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, place: Place) -> Example:
+        step, index = place
+        epoch = self.plan.epoch(step)
+        sizes = self.batches.sizes(epoch)
+        batch = self.batches.load(epoch, index)
+        return Example(
+            epoch=epoch,
+            index=index,
+            share=sizes[index] / sum(sizes[i] for i in self.plan.group(step)),
+            batch=batch,
+            noise=draw_noise(tuple(batch.latents.shape), self.seed, epoch, index),
+            u=self._uniform(epoch, index, sizes),
+        )
+
+    def _uniform(self, epoch: int, index: int, sizes: list[int]) -> Tensor:
+        if not self.buckets:
+            return draw_uniform(sizes[index], self.seed, epoch, index)
+        if self._pool[0] != epoch:
+            generator = generator_of("stratified", self.seed, epoch)
+            self._pool = epoch, stratified(sum(sizes), self.buckets, generator)
+        start = sum(sizes[:index])
+        return self._pool[1][start : start + sizes[index]]
+
+
+def places(plan: Plan, *, first_step: int, rank: int) -> list[Place]:
+    """The batches that process `rank` takes from `first_step` to the end: every `processes`th of each step."""
+    steps = range(first_step, plan.steps)
+    return [(step, index) for step in steps for index in plan.group(step)[rank :: plan.processes]]
+
+
+def feed(
+    examples: Examples, *, first_step: int, rank: int, workers: int, device: torch.device
+) -> Iterator[Example]:
+    """Examples of process `rank` from `first_step` to the end, on the device, loaded by `workers` processes."""
+    loader: DataLoader[Example] = DataLoader(
+        examples,
+        batch_size=None,
+        sampler=places(examples.plan, first_step=first_step, rank=rank),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    return (example.to(device) for example in loader)

@@ -1,0 +1,110 @@
+"""The training loop: gradients of a group of batches, one optimizer step, and word of it to whoever listens."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from kontext.training.feed import Example
+from kontext.training.objective import Objective
+from kontext.training.plan import Plan
+from kontext.training.schedules import LearningRate
+from kontext.training.seeds import seed_of
+from kontext.training.team import Team
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which items a loss is of, and at which noise levels."""
+
+    keys: tuple[str, ...]
+    t: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did. Its tensors may still be in the making on a GPU: reading them waits.
+
+    step: counted from 0; loss: this process' part of the mean over the items of the step.
+    """
+
+    step: int
+    loss: Tensor
+    norm: Tensor
+    rates: tuple[float, ...]
+    seen: tuple[Seen, ...]
+
+
+Listener = Callable[[Outcome], None]
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How gradients change the parameters: optimizer, learning rate per parameter group, clipping, loss scale."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+    rates: Sequence[LearningRate]
+    max_norm: float
+    scaler: GradScaler
+
+    def set_rates(self, step: int) -> tuple[float, ...]:
+        """Puts the learning rates of `step` into the optimizer."""
+        values = tuple(rate.peak * rate.factor(step) for rate in self.rates)
+        for group, value in zip(self.optimizer.param_groups, values, strict=True):
+            group["lr"] = value
+        return values
+
+    def apply(self) -> Tensor:
+        """One optimizer step; the norm that the gradients had before clipping (max_norm 0: no clipping)."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def train(
+    objective: Objective,
+    updates: Updates,
+    *,
+    plan: Plan,
+    examples: Iterator[Example],
+    team: Team,
+    seed: int,
+    first_step: int,
+    listeners: Sequence[Listener],
+) -> None:
+    """Runs steps `first_step` to the end of the plan; `listeners` hear of each, in their order.
+
+    `examples` are this process' batches in the plan's order.
+    """
+    objective.transformer.train()
+    for step in range(first_step, plan.steps):
+        rates = updates.set_rates(step)
+        mine = plan.group(step)[team.rank :: plan.processes]
+        seen = tuple(gradients(objective, next(examples), updates.scaler, seed) for _ in mine)
+        team.sum_gradients(updates.parameters.values())
+        norm = updates.apply()
+        loss = sum((part.losses.sum() for part in seen), torch.zeros((), device=team.device))
+        for listener in listeners:
+            listener(Outcome(step, loss, norm, rates, seen))
+
+
+def gradients(objective: Objective, example: Example, scaler: GradScaler, seed: int) -> Seen:
+    """Adds the gradients of one batch. Its items count by their share in the step.
+
+    Dropout draws from torch's global generators, which are seeded here, so that it does not depend on anything
+    that happened before.
+    """
+    torch.manual_seed(seed_of("dropout", seed, example.epoch, example.index))
+    t = objective.levels(example)
+    losses = objective.losses(example, t) * (example.share / len(t))
+    scaler.scale(losses.sum()).backward()
+    return Seen(example.batch.keys, t, losses.detach())

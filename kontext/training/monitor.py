@@ -1,0 +1,129 @@
+"""What a person sees of a run: the live line, the logs, and the end when a loss is no number."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from kontext import console
+from kontext.errors import UserError
+from kontext.training.loop import Outcome
+from kontext.training.plan import Plan
+from kontext.training.team import Team
+
+SMOOTHING = 0.98
+STEPS_BETWEEN_READS = 10  # on a GPU, where reading a loss waits for all work queued before it
+GIGABYTE = 1e9
+
+Log = Callable[[Mapping[str, float], int], None]
+"""Called with named values and the number of steps that are done."""
+
+
+@dataclass
+class Smoothed:
+    """Exponential moving average, corrected for its start."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float) -> float:
+        self.total = SMOOTHING * self.total + (1 - SMOOTHING) * value
+        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else 0.0
+
+
+class Monitor:
+    """Listens to the loop. Outcomes are read some steps late on a GPU, so that the loop does not wait for them.
+
+    last_state: asks for the state to go back to, for the message when training breaks down.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        team: Team,
+        progress: console.Progress,
+        *,
+        log: Log,
+        last_state: Callable[[], Path | None],
+        notes: Mapping[str, Any],
+    ) -> None:
+        self.plan = plan
+        self.team = team
+        self.progress = progress
+        self.log = log
+        self.last_state = last_state
+        self.smoothed = Smoothed(**notes)
+        self.pending: list[Outcome] = []
+        self.read_at = time.perf_counter()
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """What a resumed run needs to show the same smoothed loss."""
+        return {"total": self.smoothed.total, "weight": self.smoothed.weight}
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.pending.append(outcome)
+        if self.team.device.type != "cuda" or len(self.pending) == STEPS_BETWEEN_READS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads what has not been read yet.
+
+        Raises UserError at a loss that is NaN or infinite, naming the step, the items and their noise levels.
+        """
+        if not self.pending:
+            return
+        outcomes, self.pending = self.pending, []
+        losses = self.team.sum(torch.stack([outcome.loss for outcome in outcomes])).tolist()
+        for outcome, loss in zip(outcomes, losses, strict=True):
+            if not torch.isfinite(torch.tensor(loss)):
+                raise UserError(self._breakdown(outcome, loss))
+            self._record(outcome, loss)
+        self._show(outcomes)
+
+    def _record(self, outcome: Outcome, loss: float) -> None:
+        values = {"loss/current": loss, "loss/average": self.smoothed.add(loss), "grad_norm": outcome.norm.item()}
+        values |= {f"lr/group{i}": rate for i, rate in enumerate(outcome.rates)}
+        self.log(values, outcome.step + 1)
+
+    def _show(self, outcomes: list[Outcome]) -> None:
+        now = time.perf_counter()
+        items = sum(len(seen.keys) for outcome in outcomes for seen in outcome.seen) * self.team.size
+        speed = items / max(now - self.read_at, 1e-9)
+        self.read_at = now
+        last = outcomes[-1]
+        self.progress.advance(
+            len(outcomes),
+            f"epoch {self.plan.epoch(last.step) + 1}/{self.plan.epochs}  loss {self.smoothed.value:.4f}  "
+            f"lr {last.rates[0]:.2e}  {speed:.3g} images/s  {memory(self.team.device) / GIGABYTE:.1f} GB",
+        )
+
+    def _breakdown(self, outcome: Outcome, loss: float) -> str:
+        bad = [
+            f"{key} (timestep {1000 * t:.0f})"
+            for seen in outcome.seen
+            for key, t, value in zip(seen.keys, seen.t.tolist(), seen.losses.tolist(), strict=True)
+            if value - value != 0
+        ]
+        state = self.last_state()
+        remedy = f"Go back with --resume {state}" if state else "No state was saved (see --save-state): start again"
+        return (
+            f"The loss became {loss} at step {outcome.step + 1}, with {', '.join(bad) or 'items of another process'}. "
+            f"Nothing was saved since. {remedy}, with a lower --learning-rate, or --dtype bfloat16 if it was float16."
+        )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes in use: the most that PyTorch has reserved on a GPU, the process' resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,34 @@
+"""What training minimises."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kontext.denoiser import Conditioning, Denoiser
+from kontext.flow import mix, velocity
+from kontext.model.latents import PATCH
+from kontext.timesteps import Timesteps, levels, loss_weights
+from kontext.training.feed import Example
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The flow-matching loss of a transformer: its error in the velocity at noise levels of `timesteps`."""
+
+    transformer: nn.Module
+    timesteps: Timesteps
+    guidance: float
+
+    def levels(self, example: Example) -> Tensor:
+        """Noise levels t (B,), float32, on the CPU."""
+        height, width = example.batch.latents.shape[-2:]
+        return levels(self.timesteps, example.u, (height // PATCH) * (width // PATCH))
+
+    def losses(self, example: Example, t: Tensor) -> Tensor:
+        """The loss (B,) of every item, float32: weighted mean square error of the velocity at levels t (B,)."""
+        batch = example.batch
+        latents, t = batch.latents.float(), t.to(batch.latents.device, non_blocking=True)
+        conditioning = Conditioning(batch.txt, batch.vector, batch.references, self.guidance)
+        predicted = Denoiser(self.transformer, conditioning)(mix(latents, example.noise, t), t)
+        error = predicted.float() - velocity(latents, example.noise)
+        return loss_weights(self.timesteps.weighting, t) * error.square().flatten(1).mean(1)

@@ -1,0 +1,100 @@
+"""When a run saves what, and what it deletes again."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kontext import console
+from kontext.training.loop import Outcome
+from kontext.training.names import ADAPTER, STATE, Names
+from kontext.training.plan import Plan
+
+Write = Callable[[Path, int], None]
+"""Called with the path to write and the number of steps that are done."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How much of what was saved stays: files of the last `epochs` saves, and of the last `steps` steps."""
+
+    epochs: int | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class SaveRules:
+    """Every how many epochs and steps to save, what to keep, and whether to save states too."""
+
+    every_epochs: int | None = None
+    every_steps: int | None = None
+    adapters: Keep = Keep()
+    states: Keep = Keep()
+    with_state: bool = False
+    state_at_end: bool = False
+
+
+class Saver:
+    """Listens to the loop and saves when it is due. In a team only the leading process has one."""
+
+    def __init__(
+        self, names: Names, rules: SaveRules, plan: Plan, *, write_adapter: Write, write_state: Write
+    ) -> None:
+        self.names = names
+        self.rules = rules
+        self.plan = plan
+        self.write_adapter = write_adapter
+        self.write_state = write_state
+        self.last_state: Path | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be saved after step `step` (counted from 0), the end of the run aside."""
+        return self._epoch_due(step) or self._step_due(step)
+
+    def _epoch_due(self, step: int) -> bool:
+        every, epoch = self.rules.every_epochs, self.plan.epoch(step) + 1
+        last = step + 1 == self.plan.steps
+        return bool(every) and self.plan.ends_epoch(step) and epoch % every == 0 and not last
+
+    def _step_due(self, step: int) -> bool:
+        return bool(self.rules.every_steps) and (step + 1) % self.rules.every_steps == 0
+
+    def __call__(self, outcome: Outcome) -> None:
+        step, done, epoch = outcome.step, outcome.step + 1, self.plan.epoch(outcome.step) + 1
+        if self._step_due(step):
+            self.write_adapter(self.names.at_step(done), done)
+        if self._epoch_due(step):
+            self.write_adapter(self.names.at_epoch(epoch), done)
+        if self.rules.with_state and self.due(step):
+            by_epoch = self._epoch_due(step)
+            self.save_state(self.names.at_epoch(epoch, STATE) if by_epoch else self.names.at_step(done, STATE), done)
+        self._forget(ADAPTER, self.rules.adapters, done, epoch)
+        self._forget(STATE, self.rules.states, done, epoch)
+
+    def save_state(self, folder: Path, done: int) -> None:
+        """Writes a state; from then on it is the one to go back to."""
+        self.write_state(folder, done)
+        self.last_state = folder
+
+    def interrupted(self, done: int) -> None:
+        """Saves a state on the way out, if states are wanted."""
+        if self.rules.with_state or self.rules.state_at_end:
+            self.save_state(self.names.at_step(done, STATE), done)
+            console.say(f"Saved {self.last_state}. Go on with --resume auto.")
+
+    def finish(self) -> None:
+        """Saves the finished adapter, and its state if wanted."""
+        self.write_adapter(self.names.final(), self.plan.steps)
+        if self.rules.state_at_end or self.rules.with_state:
+            self.save_state(self.names.final(STATE), self.plan.steps)
+
+    def _forget(self, ending: str, keep: Keep, done: int, epoch: int) -> None:
+        """Deletes what is older than the rules keep. What has just been saved always stays."""
+        old: list[Path] = []
+        if keep.epochs and self.rules.every_epochs:
+            oldest = epoch - keep.epochs * self.rules.every_epochs
+            old += [path for number, path in self.names.epochs(ending).items() if number <= oldest]
+        if keep.steps:
+            old += [path for number, path in self.names.steps(ending).items() if number < done - keep.steps]
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,129 @@
+"""The state of a run in one file, from which it goes on as if it had never stopped.
+
+`<name>-state/state.safetensors` holds the adapter's and the optimizer's tensors; everything else (step, settings,
+the optimizer's structure) is JSON in its metadata. Nothing is pickled. The file appears complete or not at all.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kontext.errors import UserError
+from kontext.files import save_tensors
+
+FILE = "state.safetensors"
+FORMAT = "kontext.training.1"
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, and what it must have in common with the run that goes on from there.
+
+    step: how many are done. Epoch and place in the epoch follow from it, as the order of batches follows from the seed.
+    settings: whatever changes the course of training, by the user's names for it.
+    notes: what only the display and the report need, such as the smoothed loss.
+    """
+
+    step: int
+    settings: Mapping[str, Any]
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_state(
+    folder: Path, *, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Writes the state into `folder`. Raises UserError if the optimizer keeps what is neither number nor tensor."""
+    tensors: dict[str, Tensor] = {f"adapter.{name}": value for name, value in parameters.items()}
+    structure = _flatten(optimizer.state_dict(), "optimizer", tensors)
+    metadata = {
+        "format": FORMAT,
+        "progress": json.dumps(asdict(progress), sort_keys=True),
+        "optimizer": json.dumps(structure, separators=(",", ":")),
+    }
+    save_tensors(folder / FILE, tensors, metadata)
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, with its tensors moved to `tensors` under dotted names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.clone()  # safetensors refuses tensors that share memory
+        return {"tensor": name}
+    if isinstance(value, dict):
+        items = [[key, _flatten(item, f"{name}.{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    if isinstance(value, PLAIN):
+        return value
+    raise UserError(
+        f"--save-state: this optimizer keeps a {type(value).__name__} ({name}), which cannot be saved safely. "
+        "Use another optimizer, or leave out --save-state."
+    )
+
+
+def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_flatten`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _restore(item, tensors) for key, item in content}
+    items = [_restore(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run in `folder` stood. Raises UserError if there is no complete state of this program."""
+    try:
+        with safe_open(folder / FILE, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--resume {folder}: no complete training state is in there ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"--resume {folder}: this is not a training state of kontext ({FORMAT}).")
+    return Progress(**json.loads(metadata["progress"]))
+
+
+def load_state(folder: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Puts the weights and the optimizer's state back. Raises UserError if they are of another network."""
+    with safe_open(folder / FILE, "pt") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+        structure = json.loads(file.metadata()["optimizer"])
+    saved = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
+    if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
+        raise UserError(f"--resume {folder}: the state is of another network: give the same --network options.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    optimizer.load_state_dict(_restore(structure, tensors))
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Names of the settings that differ, with their values before and now."""
+    now = json.loads(json.dumps(now))  # as they look after a round through the file
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return {name: (before.get(name), now.get(name)) for name in names}
+
+
+def latest_state(folders: Iterable[Path]) -> Path | None:
+    """The complete state among `folders` that has come furthest; torn ones count as absent."""
+    found: list[tuple[int, Path]] = []
+    for folder in folders:
+        try:
+            found.append((read_progress(folder).step, folder))
+        except UserError:
+            continue
+    return max(found)[1] if found else None
