@@ -99,6 +99,13 @@ def text_path(folder: Path, key: str) -> Path:
     return folder / f"{key}{ENDINGS['text']}"
 
 
+def key_of(path: Path) -> str:
+    """The key of the item that a cache file belongs to."""
+    if path.name.endswith(ENDINGS["text"]):
+        return path.name.removesuffix(ENDINGS["text"])
+    return path.name.removesuffix(ENDINGS["latents"]).rpartition("_")[0]
+
+
 def write_latents(path: Path, latents: Latents, *, size: Size, record: Record, source: str) -> None:
     """Write atomically. Raises UserError when a value is not finite, or the file cannot be written.
 
@@ -197,16 +204,20 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         return header, {name: file.get_tensor(key) for name, key in header.names.items()}
 
 
-def delete_stale(folder: Path, kind: Kind, *, dataset: str, keep: Iterable[Path]) -> list[Path]:
+def delete_stale(
+    folder: Path, kind: Kind, *, dataset: str, keep: Iterable[Path], keep_keys: Iterable[str] = ()
+) -> list[Path]:
     """Delete the cache files of items that are no longer listed, and tell which.
+
+    keep: the files of the items; keep_keys: keys of items whose file names cannot be told.
 
     Only files that this program wrote for this block (`Record.dataset`) are touched: a cache folder is often the
     picture folder, and other dataset files may cache there too. Temporary files of runs that were killed go as well.
     """
-    kept = {path.name for path in keep}
+    kept, kept_keys = {path.name for path in keep}, set(keep_keys)
     stale = []
     for path in sorted(folder.glob(f"*{ENDINGS[kind]}")):
-        header = None if path.name in kept else read_header(path)
+        header = None if path.name in kept or key_of(path) in kept_keys else read_header(path)
         if header and header.record and header.record.dataset == dataset:
             path.unlink(missing_ok=True)
             stale.append(path)

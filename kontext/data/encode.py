@@ -155,7 +155,7 @@ def encode_texts(
     *,
     encoder: str,
     batch_size: int,
-) -> Iterator[Written]:
+) -> Iterator[Entry]:
     """Encode each distinct caption once and write it for every entry that has it.
 
     encode: B captions to (B, T, D) of T5 and (B, V) of CLIP. Raises UserError, naming the target, when an embedding
@@ -170,7 +170,7 @@ def encode_texts(
             for entry in owners[caption]:
                 record, source = Record(entry.dataset, encoder), str(entry.item.image)
                 write_text(entry.text, Text(*tensors), caption=caption, record=record, source=source)
-                yield Written(entry, ())
+                yield entry
 
 
 def chunks(values: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
