@@ -49,7 +49,9 @@ class Loras(Options):
 
     lora_weight: list[Path] = option("LoRA files to apply.", default=[])
     lora_multiplier: list[float] = option("One strength per LoRA file, or one for all.", default=[1.0])
-    include_patterns: list[str] = option("Apply a LoRA only to modules that match one of these regexes.", default=[])
+    include_patterns: list[str] = option(
+        "Apply a LoRA only to modules that match one of these regexes.", default=[]
+    )
     exclude_patterns: list[str] = option("Leave out modules that match one of these regexes.", default=[])
     lycoris: bool = option(
         "Accepted for old command lines: LyCORIS files are recognised with or without it.", default=False
@@ -86,7 +88,7 @@ class Source(Options):
     latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])
 
 
-class Generate(Source, Output, Sampling, Picture, Loras, Encoders, Vae, Dit, Common):
+class Generate(Picture, Source, Sampling, Output, Loras, Dit, Vae, Encoders, Common):
     """Make or edit pictures."""
 
     dit: Path | None = optional(Dit, "dit")

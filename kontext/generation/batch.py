@@ -1,0 +1,103 @@
+"""Many pictures, stage by stage: every large model is loaded once, and one bad item does not end the rest."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from kontext.console import progress
+from kontext.errors import UserError
+from kontext.generation.outputs import Writer, settings_of
+from kontext.generation.pipeline import Conditioned, Framed, Kontext
+from kontext.generation.request import Request
+
+A = TypeVar("A")
+B = TypeVar("B")
+ITEM_ERRORS = (UserError, OSError, RuntimeError)  # RuntimeError: out of memory, for one
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item (numbered from 1) that did not become a picture, and why."""
+
+    number: int
+    prompt: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A latent with the name that its files get."""
+
+    framed: Framed
+    latent: Tensor
+    stem: str
+
+
+class Batch:
+    """The failures of a batch so far, and how a stage goes on past them."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.failures: list[Failure] = []
+
+    def each(self, stage: Callable[[int, A], B], items: dict[int, A]) -> dict[int, B]:
+        """The stage's results by item number. An item that fails is taken out and remembered."""
+        results = {}
+        for number, item in items.items():
+            try:
+                results[number] = stage(number, item)
+            except ITEM_ERRORS as error:
+                self.failures.append(Failure(number, self.requests[number - 1].prompt, error))
+        return results
+
+
+def run_batch(kontext: Kontext, requests: Sequence[Request], writer: Writer) -> list[Failure]:
+    """Make and save what `writer` wants for each request, and return what failed.
+
+    A model that cannot be loaded ends the whole batch: its error is raised.
+    """
+    batch = Batch(requests)
+    if any(request.references for request in requests):
+        kontext.autoencoder()
+    framed = batch.each(lambda _, request: kontext.frame(request), dict(enumerate(requests, 1)))
+    conditioned = _condition_all(kontext, batch, framed) if framed else {}
+    finished = _denoise_all(kontext, batch, conditioned, writer) if conditioned else {}
+    if finished and writer.pictures:
+        kontext.autoencoder()
+        batch.each(lambda _, item: _decode(kontext, item, writer), finished)
+    return batch.failures
+
+
+def _condition_all(kontext: Kontext, batch: Batch, framed: dict[int, Framed]) -> dict[int, Conditioned]:
+    kontext.text_encoders()
+    conditioned = batch.each(lambda _, item: kontext.condition(item), framed)
+    kontext.release(kontext.text_encoders)
+    return conditioned
+
+
+def _denoise_all(
+    kontext: Kontext, batch: Batch, conditioned: dict[int, Conditioned], writer: Writer
+) -> dict[int, Finished]:
+    kontext.transformer()
+    steps = sum(item.framed.request.steps for item in conditioned.values())
+    with progress("Denoising", steps, unit="step") as bar:
+
+        def denoise(number: int, item: Conditioned) -> Finished:
+            note = f"picture {number} of {len(batch.requests)}" if len(batch.requests) > 1 else ""
+            latent = kontext.denoise(item, lambda _: bar.advance(note=note))
+            stem = writer.stem(number, len(batch.requests), item.framed.request.seed)
+            settings = settings_of(item.framed.request, item.framed.width, item.framed.height)
+            writer.save_latent(stem, latent, settings)
+            return Finished(item.framed, latent, stem)
+
+        finished = batch.each(denoise, conditioned)
+    kontext.release(kontext.transformer)
+    return finished
+
+
+def _decode(kontext: Kontext, item: Finished, writer: Writer) -> None:
+    framed = item.framed
+    picture = kontext.decode(item.latent)
+    writer.save_picture(item.stem, picture, settings_of(framed.request, framed.width, framed.height))

@@ -1,0 +1,156 @@
+"""What generation is made from: which files, in which precision, and models that come and go."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from kontext.backends import attention_backend, use_attention
+from kontext.checkpoints import (
+    load_autoencoder,
+    load_clip,
+    load_clip_tokenizer,
+    load_t5,
+    load_t5_tokenizer,
+    load_transformer,
+    open_source,
+    transformer_config,
+)
+from kontext.console import say, warn
+from kontext.errors import UserError
+from kontext.lora.files import AdapterFile, read_adapter
+from kontext.lora.merge import merging
+from kontext.model.autoencoder import Autoencoder
+from kontext.model.transformer import Transformer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the models lie. A part that is not needed may be None."""
+
+    dit: Path | None = None
+    vae: Path | None = None
+    text_encoder1: Path | None = None
+    text_encoder2: Path | None = None
+    tokenizer1: Path | None = None
+    tokenizer2: Path | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how to compute. `keep` leaves models loaded between pictures instead of freeing each after use."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    vae_dtype: torch.dtype = torch.float32
+    quantization: str | None = None
+    attention: str = "sdpa"
+    fp8_t5: bool = False
+    t5_max_length: int = 512
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Loras:
+    """LoRA files, one multiplier for each, and regexes that choose modules by name."""
+
+    paths: tuple[Path, ...] = ()
+    multipliers: tuple[float, ...] = ()
+    include_patterns: tuple[str, ...] = ()
+    exclude_patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """T5 and CLIP with their tokenizers."""
+
+    t5: Any
+    t5_tokenizer: Any
+    clip: Any
+    clip_tokenizer: Any
+
+
+class Part(Generic[T]):
+    """A model that is loaded when it is first called for, and can be let go."""
+
+    def __init__(self, load: Callable[[], T]) -> None:
+        self._load = load
+        self._model: T | None = None
+
+    def __call__(self) -> T:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def free(self) -> None:
+        """Let the model go and hand its memory back to the device."""
+        if self._model is None:
+            return
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def open_autoencoder(files: ModelFiles, runtime: Runtime) -> Autoencoder:
+    """Load the autoencoder. Raises UserError when no file was given for it."""
+    return load_autoencoder(_given(files.vae, "vae"), device=runtime.device, dtype=runtime.vae_dtype)
+
+
+def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
+    """Load T5 and CLIP with their tokenizers, which are looked for first. Raises UserError for a missing part."""
+    t5, clip = _given(files.text_encoder1, "text_encoder1"), _given(files.text_encoder2, "text_encoder2")
+    t5_tokenizer = load_t5_tokenizer(files.tokenizer1, t5)
+    clip_tokenizer = load_clip_tokenizer(files.tokenizer2, clip)
+    where = {"device": runtime.device, "dtype": runtime.dtype}
+    return TextEncoders(
+        load_t5(t5, fp8=runtime.fp8_t5, **where), t5_tokenizer, load_clip(clip, **where), clip_tokenizer
+    )
+
+
+def open_transformer(files: ModelFiles, runtime: Runtime, loras: Loras) -> Transformer:
+    """Load the transformer with the LoRAs applied.
+
+    Raises UserError when no file was given for it, and for LoRAs that do not fit.
+    """
+    path = _given(files.dit, "dit")
+    edit = None
+    if loras.paths:
+        edit = merging(
+            read_adapters(path, loras),
+            loras.multipliers,
+            include_patterns=loras.include_patterns,
+            exclude_patterns=loras.exclude_patterns,
+        )
+    model = load_transformer(
+        path, device=runtime.device, dtype=runtime.dtype, quantization=runtime.quantization, edit=edit
+    )
+    use_attention(model, attention_backend(runtime.attention))
+    return model
+
+
+def read_adapters(dit: Path, loras: Loras) -> list[AdapterFile]:
+    """Read the LoRA files, saying what each is and warning of what is not used in it.
+
+    Raises UserError for a file of which nothing fits the transformer in `dit`.
+    """
+    config = transformer_config(open_source(dit, "transformer"))
+    adapters = [read_adapter(path, config) for path in loras.paths]
+    for adapter in adapters:
+        say(f"{adapter.path}: {', '.join(adapter.kinds)} ({adapter.family}), {len(adapter.modules)} modules.")
+        for what, keys in (("fit no module", adapter.unmatched), ("are for text encoders", adapter.skipped)):
+            if keys:
+                more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+                warn(f"{adapter.path}: {len(keys)} keys {what}, not applied: {', '.join(keys[:5])}{more}.")
+    return adapters
+
+
+def _given(path: Path | None, name: str) -> Path:
+    if path is None:
+        raise UserError(f"--{name.replace('_', '-')} must be given to make a picture.")
+    return path

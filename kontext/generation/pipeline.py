@@ -1,0 +1,213 @@
+"""From a request to a picture: frame (references, size), condition (text), denoise, decode.
+
+Each stage takes what the one before returns, so that a batch can run stage by stage and hold one large model at
+a time. Latents are (1, C, h, w) with h and w an eighth of the pixels, and wait on the CPU between stages.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kontext.console import notice
+from kontext.data.images import as_rgb, prepare_reference, read_picture, to_image, to_tensor
+from kontext.denoiser import Conditioning, Denoiser
+from kontext.errors import UserError
+from kontext.flow import schedule
+from kontext.generation.parts import (
+    Loras,
+    ModelFiles,
+    Part,
+    Runtime,
+    open_autoencoder,
+    open_text_encoders,
+    open_transformer,
+)
+from kontext.generation.request import Reference, Request
+from kontext.generation.sizes import output_size
+from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
+from kontext.model.text import encode_clip, encode_t5
+from kontext.sampler import Denoise, euler
+
+OnStep = Callable[[int], None]
+"""Called with the number of each step that is done, from 0."""
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A request with a seed, its output's size in pixels and the latents of its references."""
+
+    request: Request
+    width: int
+    height: int
+    references: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """All that the transformer needs. `negative` is None without true guidance."""
+
+    framed: Framed
+    positive: Conditioning
+    negative: Conditioning | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt's embeddings: T5 (1, T, D) and CLIP pooled (1, V)."""
+
+    txt: Tensor
+    vector: Tensor
+
+
+def true_guidance(positive: Denoise, negative: Denoise, scale: float) -> Denoise:
+    """negative + scale * (positive - negative), in two passes (Ho & Salimans 2022; diffusers' `true_cfg_scale`)."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        away = negative(x, t)
+        return away + scale * (positive(x, t) - away)
+
+    return denoise
+
+
+class Kontext:
+    """Makes and edits pictures. Models load when they are first needed; `Kontext.load` is the door for programs."""
+
+    def __init__(self, files: ModelFiles, runtime: Runtime, loras: Loras | None = None) -> None:
+        self.runtime = runtime
+        self.autoencoder = Part(lambda: open_autoencoder(files, runtime))
+        self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
+        self.transformer = Part(lambda: open_transformer(files, runtime, loras or Loras()))
+        self._texts: dict[str, Text] = {}
+
+    def edit(self, image: Reference | None, prompt: str, **settings: object) -> Image.Image:
+        """One picture from a reference (a path or a PIL image; None: from the prompt alone).
+
+        `settings` are fields of Request: seed, width, height, steps, guidance, ...
+        """
+        references = () if image is None else (image,)
+        return self.picture(Request(prompt, references=references, **settings))
+
+    def picture(self, request: Request) -> Image.Image:
+        """One picture, each model let go after its use unless the runtime keeps it."""
+        conditioned = self.condition(self.frame(request))
+        self.release(self.text_encoders)
+        latent = self.denoise(conditioned)
+        self.release(self.transformer)
+        return self.decode(latent)
+
+    def release(self, part: Part) -> None:
+        """Free a model after its stage, unless the runtime keeps models loaded."""
+        if not self.runtime.keep:
+            part.free()
+
+    @torch.no_grad()
+    def frame(self, request: Request) -> Framed:
+        """Choose the seed and the output's size, and encode the references (posterior mean).
+
+        Raises UserError for an unreadable reference and a size under 64 pixels.
+        """
+        images = [_open(reference, request.resize_references) for reference in request.references]
+        first = images[0].size if images else None
+        width, height = output_size(request.width, request.height, first)
+        asked = (request.width or width, request.height or height)
+        if asked != (width, height):
+            notice(
+                f"The output size {asked[0]}x{asked[1]} is rounded down to {width}x{height} (multiples of 16)."
+            )
+        return Framed(request.seeded(), width, height, tuple(self._encode(image) for image in images))
+
+    def _encode(self, image: Image.Image) -> Tensor:
+        model = self.autoencoder()
+        pixels = to_tensor(image)[None].to(self.runtime.device, self.runtime.vae_dtype)
+        return model.encode(pixels).float().cpu()
+
+    def condition(self, framed: Framed) -> Conditioned:
+        """Encode the prompts. A text that was encoded before is not encoded again."""
+        request = framed.request
+        negative = None
+        if request.uses_negative:
+            negative = self._conditioning(framed, request.negative_prompt)
+        return Conditioned(framed, self._conditioning(framed, request.prompt), negative)
+
+    def _conditioning(self, framed: Framed, prompt: str) -> Conditioning:
+        if prompt not in self._texts:
+            self._texts[prompt] = self._read(prompt)
+        text = self._texts[prompt]
+        return Conditioning(text.txt, text.vector, framed.references, framed.request.guidance)
+
+    @torch.no_grad()
+    def _read(self, prompt: str) -> Text:
+        parts = self.text_encoders()
+        txt = encode_t5(parts.t5, parts.t5_tokenizer, [prompt], max_length=self.runtime.t5_max_length)
+        return Text(txt.cpu(), encode_clip(parts.clip, parts.clip_tokenizer, [prompt]).cpu())
+
+    @torch.no_grad()
+    def denoise(self, conditioned: Conditioned, on_step: OnStep | None = None) -> Tensor:
+        """The finished latent (1, C, h, w), float32 on the CPU.
+
+        Raises UserError at the first step that leaves NaN or infinite values.
+        """
+        framed = conditioned.framed
+        request = framed.request
+        tokens = (framed.height // PIXELS_PER_TOKEN) * (framed.width // PIXELS_PER_TOKEN)
+        sigmas = schedule(request.steps, tokens, flow_shift=request.flow_shift)
+        channels = self.transformer().config.out_channels // PATCH**2
+        noise = draw_noise(request.seed, framed.height, framed.width, channels).to(self.runtime.device)
+
+        def watch(step: int, x: Tensor) -> None:
+            what = f"Step {step + 1}: the latents became NaN or infinite"
+            _check_finite(x, what, "--dtype", self.runtime.dtype)
+            if on_step is not None:
+                on_step(step)
+
+        return euler(self._velocity(conditioned, sigmas), noise, sigmas, on_step=watch).cpu()
+
+    def _velocity(self, conditioned: Conditioned, sigmas: Tensor) -> Denoise:
+        sides = []
+        for conditioning in (conditioned.positive, conditioned.negative):
+            if conditioning is not None:
+                side = Denoiser(self.transformer(), conditioning)
+                side.prepare(sigmas[:-1])
+                sides.append(side)
+        return (
+            sides[0] if len(sides) == 1 else true_guidance(*sides, conditioned.framed.request.true_cfg_scale)
+        )
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Image.Image:
+        """A latent (1, C, h, w) to an RGB picture. Raises UserError when the autoencoder yields NaN."""
+        pixels = self.autoencoder().decode(latent.to(self.runtime.device, self.runtime.vae_dtype))[0]
+        _check_finite(
+            pixels, "Decoding: the pixels became NaN or infinite", "--vae-dtype", self.runtime.vae_dtype
+        )
+        return to_image(pixels)
+
+
+def _check_finite(values: Tensor, what: str, option: str, dtype: torch.dtype) -> None:
+    if torch.isfinite(values).all():
+        return
+    if dtype == torch.float16:
+        raise UserError(f"{what}: float16 overflows. Use {option} bfloat16 or {option} float32.")
+    raise UserError(f"{what}. Try {option} float32; if that fails too, the weights or a LoRA are damaged.")
+
+
+def _open(reference: Reference, resize: bool) -> Image.Image:
+    """A reference at the size at which it is encoded; whatever is done to it is said."""
+    by_path = isinstance(reference, Path)
+    name = str(reference) if by_path else "The reference"
+    picture = read_picture(reference) if by_path else as_rgb(reference)
+    width, height = picture.image.size
+    if min(width, height) < PIXELS_PER_TOKEN:
+        raise UserError(f"{name}: {width}x{height} pixels are too few; a reference needs 16 on each side.")
+    prepared = prepare_reference(picture.image, resize=resize)
+    done = list(picture.notes)
+    if prepared.size != (width, height):
+        verb = "resized to Kontext's nearest size" if resize else "cropped"
+        done.append(f"{width}x{height} {verb}, {prepared.width}x{prepared.height}")
+    if done:
+        notice(f"{name}: {'; '.join(done)}.")
+    return prepared

@@ -1,0 +1,40 @@
+"""What a person asks for: one picture, described by values."""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+Reference = Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make. Sizes in pixels; a size of None follows the first reference.
+
+    `flow_shift` None means FLUX's schedule, which depends on the resolution. `multipliers` None means the
+    adapters' own. `negative_prompt` counts only with a `true_cfg_scale` over 1.
+    """
+
+    prompt: str
+    references: tuple[Reference, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    steps: int = 25
+    guidance: float = 2.5
+    flow_shift: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+    resize_references: bool = True
+    multipliers: tuple[float, ...] | None = None
+
+    @property
+    def uses_negative(self) -> bool:
+        """Whether a second pass with the negative prompt is needed (the rule is diffusers')."""
+        return self.negative_prompt is not None and self.true_cfg_scale > 1
+
+    def seeded(self) -> "Request":
+        """The same request with a seed: a random one of 32 bits where none was given."""
+        return self if self.seed is not None else replace(self, seed=random.SystemRandom().getrandbits(32))
