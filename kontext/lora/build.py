@@ -182,5 +182,6 @@ def _product(**matrices: Tensor) -> None:
     (right_name, right), (left_name, left) = matrices.items()
     if right.ndim != 2 or left.ndim != 2 or left.shape[1] != right.shape[0]:
         raise Misfit(
-            f"{right_name} {tuple(right.shape)} and {left_name} {tuple(left.shape)} are not (rank, in) and (out, rank)"
+            f"{right_name} {tuple(right.shape)} and {left_name} {tuple(left.shape)} "
+            "are not (rank, in) and (out, rank)"
         )

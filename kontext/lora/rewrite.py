@@ -1,0 +1,290 @@
+"""A checkpoint with adapters merged into it, from file to file: one tensor in memory at a time.
+
+The unit of work is a BFL tensor: the one or more tensors of the base that make it up come in, and the tensors
+of the wanted layout and type go out. What nothing changes is copied byte by byte.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kontext.checkpoints.names import SWAPPED, bfl_tensor, diffusers_modules, part_sizes
+from kontext.checkpoints.reading import COMPANION, FP8_DTYPES, SCALES
+from kontext.checkpoints.source import Entry, Source
+from kontext.checkpoints.transformer import is_diffusers, is_quantisable, transformer_config
+from kontext.errors import UserError
+from kontext.files import atomic_write
+from kontext.lora.deltas import swap_halves
+from kontext.lora.merge import Plan, merge_weight
+from kontext.lora.stream import Spec, Writer, read
+from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.quant import FP8, dequantise
+
+Layout = Literal["bfl", "diffusers"]
+SaveType = torch.dtype | Literal["fp8_scaled"]
+
+FOLDER_FILE = "diffusion_pytorch_model.safetensors"
+MARKER = (
+    "scaled_fp8"  # ComfyUI: its dtype is that of the weights; two elements ask for multiplication in full
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One BFL tensor: what it is read from and what is written for it, both in the order of its rows."""
+
+    name: str
+    inputs: tuple[Entry, ...]
+    scales: tuple[Entry | None, ...]
+    outputs: tuple[Spec, ...]
+    output_scales: tuple[Spec | None, ...]
+    copied: bool
+
+
+@dataclass
+class Loss:
+    """Squared norms of the changes merged into fp8 weights, and of what rounding did to them."""
+
+    change: float = 0.0
+    error: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Size of the rounding error against the merged change's; 0 if nothing was rounded to fp8."""
+        return (self.error / self.change) ** 0.5 if self.change else 0.0
+
+
+@dataclass
+class Checkpoint:
+    """What to write: jobs, tensors that go along unchanged, and a marker of ComfyUI's where it is new."""
+
+    source: Source
+    changes: Plan
+    layout: Layout
+    jobs: list[Job]
+    companions: list[Entry]
+    marker: str | None
+    specs: list[Spec] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.specs = [spec for job in self.jobs for spec in (*job.outputs, *job.output_scales) if spec]
+        self.specs += [Spec(e.name, e.dtype, e.shape) for e in self.companions]
+        if self.marker:
+            self.specs.append(Spec(self.marker, FP8, (2,)))
+
+    @property
+    def bytes(self) -> int:
+        return sum(spec.bytes for spec in self.specs)
+
+
+def plan_checkpoint(
+    source: Source, changes: Plan, *, dtype: SaveType | None = None, layout: Layout | None = None
+) -> Checkpoint:
+    """What writing `source` with `changes` takes.
+
+    dtype: that of every weight; None keeps each tensor's own; "fp8_scaled" means e4m3 with one scale per
+    weight for the linears of the blocks. layout: None keeps it, and a prefix of the names with it.
+
+    Raises UserError for combinations that no published layout has.
+    """
+    old: Layout = "diffusers" if is_diffusers(source) else "bfl"
+    layout = layout or old
+    _refuse(source, layout, layout != old, dtype)
+    config = transformer_config(source)
+    first = source.keys()[0]
+    prefix = source.entry(first).name.removesuffix(first) if layout == old else ""
+    quantised = _quantisable(config) if dtype == "fp8_scaled" else set()
+    jobs = []
+    for name, keys in _inputs(source, old).items():
+        wanted = (FP8 if name in quantised else None) if dtype == "fp8_scaled" else dtype
+        rows = sum(source.shape(key)[0] for key in keys)
+        outputs = [(prefix + key, size) for key, size in _output_names(config, name, rows, layout)]
+        copied = layout == old and wanted is None and name not in changes
+        jobs.append(_job(source, name, keys, outputs, dtype=wanted, copied=copied))
+    used = {entry.name for job in jobs for entry in job.scales if entry}
+    others = [source.entry(k) for k in source.keys() if COMPANION.fullmatch(k)]  # noqa: SIM118
+    companions = [e for e in others if e.name not in used] if dtype is None else []
+    marker = f"{prefix}{MARKER}" if dtype == "fp8_scaled" else None
+    return Checkpoint(source, changes, layout, jobs, companions, marker)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    metadata: Mapping[str, str],
+    device: torch.device | str = "cpu",
+    on_tensor: Callable[[int], None] = lambda _: None,
+) -> Loss:
+    """Write the planned file; an older one at `out` stays whole until the new one is complete.
+
+    out: a file, or for the diffusers layout a folder, which gets the base's config.json too.
+    on_tensor: told the bytes of each tensor written.
+
+    Raises UserError when the disk is too small or refuses.
+    """
+    file = out
+    if checkpoint.layout == "diffusers" and out.suffix != ".safetensors":
+        file = out / FOLDER_FILE
+    _check_space(file, checkpoint.bytes)
+    loss = Loss()
+    with atomic_write(file) as temporary, open(temporary, "wb") as stream:
+        writer = Writer(stream, checkpoint.specs, metadata)
+        for entry in checkpoint.companions:
+            writer.copy(entry.name, entry)
+        if checkpoint.marker:
+            writer.put(checkpoint.marker, torch.zeros(2, dtype=FP8))
+        for job in checkpoint.jobs:
+            _run(job, checkpoint, writer, torch.device(device), loss)
+            on_tensor(sum(spec.bytes for spec in job.outputs))
+    config = checkpoint.source.files[0].parent / "config.json"
+    if file != out and config.is_file():
+        shutil.copyfile(config, out / "config.json")
+    return loss
+
+
+def _refuse(source: Source, layout: Layout, converted: bool, dtype: SaveType | None) -> None:
+    if dtype == "fp8_scaled" and layout == "diffusers":
+        raise UserError(
+            "fp8 with scales is not published in diffusers' layout. Use --layout bfl or another dtype."
+        )
+    scaled = any(key.endswith(SCALES) for key in source.keys())  # noqa: SIM118
+    if scaled and converted and dtype is None:
+        raise UserError(
+            f"{source.path} is in fp8 with scales, which belong to its layout. "
+            "Give --save-dtype to change the layout."
+        )
+
+
+def _quantisable(config: TransformerConfig) -> set[str]:
+    """BFL tensor names of the weights that fp8_scaled rounds: those that loading in fp8 rounds too."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {f"{name}.weight" for name, module in model.named_modules() if is_quantisable(name, module)}
+
+
+def _inputs(source: Source, layout: Layout) -> dict[str, list[str]]:
+    """{BFL tensor: its keys in the order of its rows}, in the order of the file."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for key in source.keys():  # noqa: SIM118
+        if COMPANION.fullmatch(key):
+            continue
+        place = bfl_tensor(key) if layout == "diffusers" else None
+        found[place[0] if place else key][place[1].index if place else 0] = key
+    return {name: [keys[i] for i in sorted(keys)] for name, keys in found.items()}
+
+
+def _job(
+    source: Source,
+    name: str,
+    keys: Sequence[str],
+    outputs: Sequence[tuple[str, int]],
+    *,
+    dtype: torch.dtype | None,
+    copied: bool,
+) -> Job:
+    """outputs: (key, rows). dtype: None keeps that of the inputs, and their scales."""
+    inputs = tuple(source.entry(key) for key in keys)
+    scales = tuple(_scale_entry(source, key) for key in keys)
+    specs = tuple(
+        Spec(key, dtype or source.dtype(keys[0]), (rows, *inputs[0].shape[1:])) for key, rows in outputs
+    )
+    new_scales: list[Spec | None] = [None] * len(specs)
+    if dtype == FP8:
+        new_scales = [Spec(_sibling(spec.key, SCALES[0]), torch.float32, ()) for spec in specs]
+    elif dtype is None and any(scales):
+        new_scales = [entry and Spec(entry.name, entry.dtype, entry.shape) for entry in scales]
+    return Job(name, inputs, scales, specs, tuple(new_scales), copied)
+
+
+def _output_names(
+    config: TransformerConfig, name: str, rows: int, layout: Layout
+) -> Iterator[tuple[str, int]]:
+    """(key, rows) of the tensors that stand for a BFL tensor in a layout."""
+    module, _, kind = name.rpartition(".")
+    parts = diffusers_modules(module)
+    if layout == "bfl" or not parts:
+        return iter([(name, rows)])
+    sizes = part_sizes(module, width=config.width, mlp_width=config.mlp_width) or (rows,)
+    kind = "weight" if kind == "scale" else kind
+    return ((f"{part}.{kind}", size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _scale_entry(source: Source, key: str) -> Entry | None:
+    names = [_sibling(key, suffix) for suffix in SCALES] if key.endswith(".weight") else []
+    return next((source.entry(name) for name in names if name in source), None)
+
+
+def _sibling(key: str, kind: str) -> str:
+    return f"{key.rpartition('.')[0]}.{kind}"
+
+
+def _check_space(file: Path, wanted: int) -> None:
+    folder = next(p for p in file.absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise UserError(f"{file} needs {wanted / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left.")
+
+
+def _run(job: Job, checkpoint: Checkpoint, writer: Writer, device: torch.device, loss: Loss) -> None:
+    """Do one job: read, merge, and write."""
+    if job.copied:
+        for entry, spec in zip((*job.inputs, *job.scales), (*job.outputs, *job.output_scales), strict=True):
+            if entry and spec:
+                writer.copy(spec.key, entry)
+        return
+    swapped = job.name.startswith(SWAPPED)
+    parts = [_plain(e, s, device) for e, s in zip(job.inputs, job.scales, strict=True)]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    whole = swap_halves(whole) if swapped and is_diffusers(checkpoint.source) else whole
+    changes = checkpoint.changes.get(job.name)
+    before = whole.clone() if changes and job.outputs[0].dtype in FP8_DTYPES else None
+    if changes:
+        merge_weight(whole, changes)
+    for index, part in enumerate(_split(whole, job, swapped and checkpoint.layout == "diffusers")):
+        written = _write(writer, part, job.outputs[index], job.output_scales[index])
+        if before is not None:
+            start = sum(spec.shape[0] for spec in job.outputs[:index])
+            loss.error += (written - part).square().sum().item()
+            loss.change += (part - before[start : start + len(part)]).square().sum().item()
+
+
+def _plain(entry: Entry, scale: Entry | None, device: torch.device) -> Tensor:
+    """A tensor of the base in float32, multiplied by its scales if it has any."""
+    values = read(entry).to(device)
+    if scale is None:
+        return values.float()
+    grid = read(scale).to(device).float()
+    rows = 1 if grid.numel() == 1 else len(values)
+    return dequantise(values, grid.view(rows, -1).expand(len(values), -1), torch.float32)
+
+
+def _split(whole: Tensor, job: Job, swapped: bool) -> tuple[Tensor, ...]:
+    whole = swap_halves(whole) if swapped else whole
+    return whole.split([spec.shape[0] for spec in job.outputs])
+
+
+def _write(writer: Writer, values: Tensor, spec: Spec, scale: Spec | None) -> Tensor:
+    """Round and write float32 values; returns what was written, in float32, if that is fp8."""
+    if spec.dtype not in FP8_DTYPES:
+        writer.put(spec.key, values.to(spec.dtype))
+        return values
+    largest = torch.finfo(spec.dtype).max
+    if scale is None:
+        rounded = values.clamp(-largest, largest).to(spec.dtype)
+        writer.put(spec.key, rounded)
+        return rounded.float()
+    count = max(1, torch.Size(scale.shape).numel())
+    rows = 1 if count == 1 else len(values)
+    blocks = values.reshape(rows, count // rows, -1)
+    factor = (blocks.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).to(scale.dtype)
+    rounded = (blocks / factor.float()).clamp_(-largest, largest).to(spec.dtype)
+    writer.put(spec.key, rounded.view(values.shape))
+    writer.put(scale.key, factor.view(scale.shape))
+    return (rounded.float() * factor.float()).view(values.shape)
