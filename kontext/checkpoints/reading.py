@@ -15,9 +15,9 @@ from kontext.checkpoints.source import Source
 from kontext.errors import UserError
 from kontext.quant import FP8, Fp8Linear, Mode, Quantised, dequantise, quantise
 
-_SCALES = ("scale_weight", "weight_scale")
-_COMPANION = re.compile(r"(.*\.)?(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)")
-_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = ("scale_weight", "weight_scale")
+COMPANION = re.compile(r"(.*\.)?(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)")
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _LISTED = 40  # names in one message
 
 Edit = Callable[[str, Tensor], Tensor]
@@ -61,7 +61,7 @@ def check(source: Source, model: nn.Module, origins: Mapping[str, Origin], ignor
     unknown = [
         key
         for key in keys
-        if key not in known and not _COMPANION.fullmatch(key) and not re.match(ignored, key)
+        if key not in known and not COMPANION.fullmatch(key) and not re.match(ignored, key)
     ]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     misshapen = [
@@ -161,7 +161,7 @@ def _whole(source: Source, origin: Origin, device: torch.device | str) -> Tensor
 
 
 def _plain(part: Quantised) -> Tensor:
-    if part.weight.dtype not in _FP8_DTYPES:
+    if part.weight.dtype not in FP8_DTYPES:
         return part.weight
     return dequantise(part.weight, part.scale, torch.float32)
 
@@ -170,10 +170,10 @@ def _part(source: Source, key: str, device: torch.device | str) -> Quantised:
     """A tensor of the file with its scale, if it has one."""
     weight, scale = source.get(key, device), None
     layer, _, parameter = key.rpartition(".")
-    names = [f"{layer}.{suffix}" for suffix in _SCALES if f"{layer}.{suffix}" in source]
+    names = [f"{layer}.{suffix}" for suffix in SCALES if f"{layer}.{suffix}" in source]
     if parameter == "weight" and names:
         scale = _scale_grid(source, names[0], weight, device)
-    if not weight.is_floating_point() or (scale is not None and weight.dtype not in _FP8_DTYPES):
+    if not weight.is_floating_point() or (scale is not None and weight.dtype not in FP8_DTYPES):
         raise UserError(
             f"{source.path} is quantised in a way that kontext does not read: {key} is {weight.dtype}. "
             "Use the file in bfloat16 or in fp8."
