@@ -1,4 +1,4 @@
-"""The program `kontext`: a command per options model, and what becomes of errors.
+"""The program `kontext`: finds the command, shows help, and turns errors into messages and exit codes.
 
 Exit codes: 0 done; 1 a defect of the program; 2 something the user can put right; 130 Ctrl-C.
 """
@@ -6,20 +6,18 @@ Exit codes: 0 done; 1 a defect of the program; 2 something the user can put righ
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from importlib import import_module
-from inspect import Parameter, Signature, getdoc
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperCommand, TyperGroup
+from inspect import getdoc
+from typing import Any
 
 from kontext import __version__, console
 from kontext.errors import UserError
-from kontext.options import COMMANDS, argv, config_file
-from kontext.options.base import Options, flag_name
+from kontext.options import COMMANDS
+from kontext.options.argv import canonical
+from kontext.options.base import Options
+from kontext.options.config_file import render
 from kontext.options.reference import sections
 from kontext.options.resolve import resolve
-from kontext.options.spec import Spec, nearest, specs
+from kontext.options.spec import nearest
 
 MEMORY_ADVICE = {
     "fp8_scaled": "--fp8-scaled",
@@ -29,6 +27,8 @@ MEMORY_ADVICE = {
     "batch_size": "a smaller --batch-size",
     "image_size": "a smaller --image-size",
 }
+HELP = ("--help", "-h")
+VERSION_ENTRY = ("--version", "", "Show the version and exit.", ())
 HELP_ENTRY = ("--help", "", "Show this page and exit.", ("also -h",))
 
 
@@ -86,119 +86,52 @@ def _first_line(error: Exception) -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    """Find the command, put its arguments into canonical form, and let Typer call it."""
-    if arguments and not arguments[0].startswith("-"):
-        name = arguments[0].replace("_", "-")
-        if name not in COMMANDS:
-            match = nearest(name, COMMANDS)
-            hint = f"Did you mean {match}?" if match else f"The commands are {', '.join(COMMANDS)}."
-            raise UserError(f"There is no command '{arguments[0]}'. {hint}")
-        arguments = [name, *argv.canonical(arguments[1:], COMMANDS[name][1])]
-    elif (first := (arguments or ["--help"])[0]) not in ("--version", *argv.HELP):
-        raise UserError(f"'{first}' must come after a command: kontext {' | '.join(COMMANDS)}.")
-    result = _app()(arguments or ["--help"], prog_name="kontext", standalone_mode=False)
-    return int(result or 0)
-
-
-def _app() -> typer.Typer:
-    app = typer.Typer(
-        cls=_Group,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": list(argv.HELP)},
-    )
-    app.callback()(_program)
-    for name, (module, model) in COMMANDS.items():
-        app.command(name, cls=_Command)(_command(module, model))
-    return app
-
-
-class _Group(TyperGroup):
-    """The program; its help names the commands."""
-
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
-        own = ("--version", "", "Show the version and exit.", ())
-        commands = [(name, "", _title(model), ()) for name, (_, model) in COMMANDS.items()]
-        console.help_page(
-            "kontext COMMAND [OPTIONS]",
-            "Fine-tune FLUX.1 Kontext and edit pictures with it.",
-            [("Commands", commands), ("Options", [own, HELP_ENTRY])],
-        )
-
-
-class _Command(TyperCommand):
-    """A command; its help shows the options by group."""
-
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
-        model = COMMANDS[str(self.name)][1]
-        panels = [(title, [astuple(entry) for entry in entries]) for title, entries in sections(model)]
-        panels[-1][1].append(HELP_ENTRY)
-        console.help_page(f"kontext {self.name} [OPTIONS]", getdoc(model) or "", panels)
-
-
-def _title(model: type[Options]) -> str:
-    return (getdoc(model) or "").splitlines()[0]
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
+    """Show help or the version, or find the command and run it."""
+    first, *rest = arguments or ["--help"]
+    if first in HELP:
+        _show_commands()
+        return 0
+    if first == "--version":
         console.output(f"kontext {__version__}")
-        raise typer.Exit
+        return 0
+    if first.startswith("-"):
+        raise UserError(f"'{first}' must come after a command: kontext {' | '.join(COMMANDS)}.")
+    name = first.replace("_", "-")
+    if name not in COMMANDS:
+        match = nearest(name, COMMANDS)
+        hint = f"Did you mean {match}?" if match else f"The commands are {', '.join(COMMANDS)}."
+        raise UserError(f"There is no command '{first}'. {hint}")
+    return _run(name, rest)
 
 
-def _program(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True),
-    ] = False,
-) -> None:
-    """Options of the program itself."""
+def _run(name: str, arguments: list[str]) -> int:
+    model = COMMANDS[name].model()
+    if not set(arguments).isdisjoint(HELP):
+        _show_options(name, model)
+        return 0
+    from kontext.app import parse  # Typer, which help does without
+
+    options = resolve(model, parse(name, model, canonical(arguments, model)))
+    if options.print_config:
+        console.output(render(options))
+        return 0
+    return guarded(lambda: COMMANDS[name].run()(options), debug=options.debug, model=model)
 
 
-def _command(module: str, model: type[Options]) -> Callable[..., int]:
-    """The function that Typer calls, with a signature made from the model."""
-
-    def run(context: typer.Context, **values: Any) -> int:
-        given = {name: value for name, value in values.items() if _from_user(context, name)}
-        for spec in specs(model):
-            if given.pop(_negation(spec), False):
-                given[spec.name] = False
-        options = resolve(model, given)
-        if options.print_config:
-            console.output(config_file.render(options))
-            return 0
-        return guarded(lambda: import_module(module).run(options), debug=options.debug, model=model)
-
-    parameters = [parameter for spec in specs(model) for parameter in _parameters(spec)]
-    context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    run.__signature__ = Signature([context, *parameters], return_annotation=int)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
-    return run
+def _show_commands() -> None:
+    commands = [(name, "", _doc(command.model()).splitlines()[0], ()) for name, command in COMMANDS.items()]
+    console.help_page(
+        "kontext COMMAND [OPTIONS]",
+        "Fine-tune FLUX.1 Kontext and edit pictures with it.",
+        [("Commands", commands), ("Options", [VERSION_ENTRY, HELP_ENTRY])],
+    )
 
 
-def _from_user(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _show_options(name: str, model: type[Options]) -> None:
+    panels = [(title, [astuple(entry) for entry in entries]) for title, entries in sections(model)]
+    panels[-1][1].append(HELP_ENTRY)
+    console.help_page(f"kontext {name} [OPTIONS]", _doc(model), panels)
 
 
-def _negation(spec: Spec) -> str:
-    return f"not_{spec.name}"
-
-
-def _parameters(spec: Spec) -> list[Parameter]:
-    """An option of Typer; a switch that is off by default has a second one, which overrides a config file."""
-    if spec.kind != "switch":
-        annotation, default = (list[str], []) if spec.kind == "list" else (str, None)
-        return [_parameter(spec.name, annotation, default, spec.flag)]
-    off = flag_name(spec.off)
-    if spec.default:
-        return [_parameter(spec.name, bool, True, f"{spec.flag}/{off}")]
-    return [
-        _parameter(spec.name, bool, False, spec.flag),
-        _parameter(_negation(spec), bool, False, off),
-    ]
-
-
-def _parameter(name: str, annotation: Any, default: Any, declared: str) -> Parameter:
-    option = typer.Option(default, declared)
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+def _doc(model: type[Options]) -> str:
+    return getdoc(model) or ""

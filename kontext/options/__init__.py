@@ -1,16 +1,41 @@
 """The options of every command, declared once as pydantic models."""
 
-from kontext.options.base import Options
-from kontext.options.cache import CacheLatents, CacheText
-from kontext.options.generate import Generate
-from kontext.options.merge import Merge
-from kontext.options.train import Train
+from __future__ import annotations
 
-# Name on the command line -> module with `run(options)`, imported when the command runs, and its options.
-COMMANDS: dict[str, tuple[str, type[Options]]] = {
-    "cache-latents": ("kontext.commands.cache_latents", CacheLatents),
-    "cache-text": ("kontext.commands.cache_text", CacheText),
-    "train": ("kontext.commands.train", Train),
-    "generate": ("kontext.commands.generate", Generate),
-    "merge": ("kontext.commands.merge", Merge),
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kontext.options.base import Options
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command is found; nothing is imported before it is asked for, which keeps `--help` fast.
+
+    module: has `run(options)`.
+    options: module and class of its model, as `module:Class`.
+    """
+
+    module: str
+    options: str
+
+    def model(self) -> type[Options]:
+        module, _, name = self.options.partition(":")
+        model: type[Options] = getattr(import_module(module), name)
+        return model
+
+    def run(self) -> Callable[[Options], None]:
+        run: Callable[[Options], None] = import_module(self.module).run
+        return run
+
+
+COMMANDS: dict[str, Command] = {
+    "cache-latents": Command("kontext.commands.cache_latents", "kontext.options.cache:CacheLatents"),
+    "cache-text": Command("kontext.commands.cache_text", "kontext.options.cache:CacheText"),
+    "train": Command("kontext.commands.train", "kontext.options.train:Train"),
+    "generate": Command("kontext.commands.generate", "kontext.options.generate:Generate"),
+    "merge": Command("kontext.commands.merge", "kontext.options.merge:Merge"),
 }

@@ -7,8 +7,6 @@ from kontext.errors import UserError
 from kontext.options.base import Options, flag_name
 from kontext.options.spec import Meaning, names, nearest
 
-HELP = ("--help", "-h")
-
 
 def canonical(arguments: Sequence[str], model: type[Options]) -> list[str]:
     """Rewrite the arguments of one command.
@@ -23,8 +21,6 @@ def canonical(arguments: Sequence[str], model: type[Options]) -> list[str]:
     previous = ""
     while rest:
         written = rest.pop(0)
-        if written in HELP:
-            return ["--help"]
         if not written.startswith("--"):
             raise UserError(_stray(written, previous))
         name, equals, value = written.partition("=")
@@ -61,7 +57,7 @@ def _greed(meaning: Meaning) -> int | None:
 
 def _is_value(argument: str) -> bool:
     """Negative numbers and a lone dash are values; a value that begins with two dashes needs `--option=--x`."""
-    return not argument.startswith("--") and argument != "-h"
+    return not argument.startswith("--")
 
 
 def _snake(name: str) -> str:

@@ -28,6 +28,7 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
         defer_build=True,  # `--help` needs no validators

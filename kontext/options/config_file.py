@@ -1,7 +1,6 @@
 """Options from and to TOML: `--config-file` and `--print-config`."""
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +57,8 @@ def toml_value(value: Any) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    import tomllib  # help and most runs do without
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

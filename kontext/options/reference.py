@@ -56,14 +56,14 @@ def between_markers(text: str, command: str) -> str | None:
 
 def fill(text: str) -> str:
     """The document with the table of every command between its markers."""
-    for command, (_, model) in COMMANDS.items():
-        if between_markers(text, command) is None:
+    for name, command in COMMANDS.items():
+        if between_markers(text, name) is None:
             raise UserError(
-                f"The document has no markers <!-- options:{command} --> and <!-- /options:{command} -->."
+                f"The document has no markers <!-- options:{name} --> and <!-- /options:{name} -->."
             )
-        table = f"\n{markdown(model)}\n"
+        table = f"\n{markdown(command.model())}\n"
         text = re.sub(
-            _pattern(command), lambda match, table=table: match[1] + table + match[3], text, flags=re.DOTALL
+            _pattern(name), lambda match, table=table: match[1] + table + match[3], text, flags=re.DOTALL
         )
     return text
 

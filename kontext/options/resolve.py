@@ -60,6 +60,8 @@ def _reason(error: ErrorDetails, spec: Spec, value: Any) -> str:
     if error["type"] in COMPARISONS:
         words, key = COMPARISONS[error["type"]]
         return f"must be {words} {error['ctx'][key]:.12g}, not {error['input']}."
+    if error["type"] == "string_pattern_mismatch":
+        return f"must match the pattern {error['ctx']['pattern']}, not '{value}'."
     match = nearest(str(value), spec.metavar.split("|")) if error["type"] == "literal_error" else None
     hint = f" Did you mean {match}?" if match else ""
     given = " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -23,8 +23,6 @@ from tests.options.models import Everything
         ("--prompt 'a cat' --steps=3", "'--prompt=a cat' --steps=3"),
         ("--prompt=--x=y", "--prompt=--x=y"),
         ("--prompt snake_case-text", "--prompt=snake_case-text"),
-        ("--dit x --help --nonsense", "--help"),
-        ("-h", "--help"),
         ("", ""),
     ],
 )

@@ -27,11 +27,11 @@ def test_a_line_per_option_and_group() -> None:
 
 
 def test_fill_replaces_what_is_between_the_markers_and_nothing_else() -> None:
-    text = "\n".join(f"before <!-- options:{name} -->OLD<!-- /options:{name} --> after" for name in COMMANDS)
+    text = "\n".join(f"<<< <!-- options:{name} -->OLD<!-- /options:{name} --> >>>" for name in COMMANDS)
     filled = fill(text)
-    assert "OLD" not in filled and filled.count("before") == filled.count("after") == len(COMMANDS)
+    assert "OLD" not in filled and filled.count("<<<") == filled.count(">>>") == len(COMMANDS)
     assert fill(filled) == filled
-    assert between_markers(filled, "train") == markdown(COMMANDS["train"][1])
+    assert between_markers(filled, "train") == markdown(COMMANDS["train"].model())
 
 
 def test_a_document_without_markers_is_refused() -> None:
@@ -43,4 +43,4 @@ def test_a_document_without_markers_is_refused() -> None:
 def test_readme_shows_the_options_as_they_are(command: str) -> None:
     table = between_markers(README.read_text(encoding="utf-8"), command)
     assert table is not None, f"README.md has no <!-- options:{command} --> ... <!-- /options:{command} -->"
-    assert table == markdown(COMMANDS[command][1]), "run: python -m kontext.options.reference README.md"
+    assert table == markdown(COMMANDS[command].model()), "run: python -m kontext.options.reference README.md"

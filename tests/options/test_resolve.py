@@ -59,6 +59,16 @@ def test_one_line_names_the_flag(given: dict[str, object], message: str) -> None
     assert str(caught.value) == message
 
 
+def test_a_pattern_is_shown() -> None:
+    class Named(Options):
+        """Named"""
+
+        name: str = option("A name.", pattern="^[a-z]+$")
+
+    with pytest.raises(UserError, match=r"^--name: must match the pattern \^\[a-z\]\+\$, not 'A/b'.$"):
+        resolve(Named, {"name": "A/b"})
+
+
 def test_all_faults_are_shown_at_once() -> None:
     with pytest.raises(UserError) as caught:
         resolve(Everything, {"steps": "x", "rate": "-1"})

@@ -67,7 +67,7 @@ def test_nearest() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_of_the_program_are_well_formed(command: str) -> None:
-    model = COMMANDS[command][1]
+    model = COMMANDS[command].model()
     assert names(model).keys() >= {"device", "dtype", "seed", "config_file", "print_config", "debug"}
     for spec in specs(model):
         assert spec.description.endswith("."), f"{spec.flag}: a description is a sentence"
