@@ -88,7 +88,20 @@ class Metadata(Options):
 
 
 class Train(
-    Saving, Network, Length, Optimization, Noise, Memory, Samples, Logs, Metadata, DatasetFile, Dit, Vae, Encoders, Common
+    Saving,
+    Network,
+    Length,
+    Optimization,
+    Noise,
+    Memory,
+    Samples,
+    Logs,
+    Metadata,
+    DatasetFile,
+    Dit,
+    Vae,
+    Encoders,
+    Common,
 ):
     """Train a LoRA."""
 
@@ -105,10 +118,3 @@ class Train(
         if self.sample_prompts is not None and None in (self.vae, self.text_encoder1, self.text_encoder2):
             raise ValueError("--sample-prompts needs --vae, --text-encoder1 and --text-encoder2 too.")
         return self
-
-    @property
-    def precision(self) -> str | None:
-        """The --dtype that was asked for, in either way; None when it was left open."""
-        mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision or "no")
-        given = "dtype" in self.model_fields_set
-        return self.dtype if given or (self.mixed_precision == "no") else mixed

@@ -50,7 +50,9 @@ class Noise(Options):
 
     timestep_sampling: Literal[
         "sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr", "qinglong_flux"
-    ] = option("How noise levels are drawn. flux_shift depends on the size of the picture.", default="flux_shift")
+    ] = option(
+        "How noise levels are drawn. flux_shift depends on the size of the picture.", default="flux_shift"
+    )
     sigmoid_scale: float = option("Width of sigmoid, shift and flux_shift.", default=1.0, gt=0)
     discrete_flow_shift: float = option("Shift of the levels for shift and sigma.", default=1.0, gt=0)
     weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = option(
@@ -66,7 +68,9 @@ class Noise(Options):
         "With a limited range: cut the distribution off there instead of squeezing it in.", default=False
     )
     num_timestep_buckets: int | None = option(
-        "Draw the levels of an epoch evenly from this many equal shares of the distribution.", default=None, ge=2
+        "Draw the levels of an epoch evenly from this many equal shares of the distribution.",
+        default=None,
+        ge=2,
     )
     guidance_scale: float = option("Guidance that the model is told in training.", default=1.0, ge=0)
 
@@ -88,7 +92,9 @@ class Optimization(Options):
         "Steps over which the learning rate rises from 0; below 1: a share of all steps.", default=0, ge=0
     )
     lr_decay_steps: float = option(
-        "Steps over which warmup_stable_decay falls at the end; below 1: a share of all steps.", default=0, ge=0
+        "Steps over which warmup_stable_decay falls at the end; below 1: a share of all steps.",
+        default=0,
+        ge=0,
     )
     lr_scheduler_num_cycles: int = option("Restarts of cosine_with_restarts.", default=1, ge=1)
     lr_scheduler_power: float = option("Power of polynomial.", default=1.0, gt=0)
@@ -110,7 +116,9 @@ class Length(Options):
     max_train_steps: int = option("Optimizer steps of the run.", default=1600, ge=1)
     max_train_epochs: int | None = option("Epochs of the run, instead of steps.", default=None, ge=1)
     gradient_accumulation_steps: int = option("Batches per optimizer step.", default=1, ge=1)
-    max_data_loader_n_workers: int = option("Processes that load batches; 0: none of their own.", default=2, ge=0)
+    max_data_loader_n_workers: int = option(
+        "Processes that load batches; 0: none of their own.", default=2, ge=0
+    )
     persistent_data_loader_workers: bool = option(
         "Accepted for old command lines: loading processes always live through all epochs.", default=False
     )
@@ -128,5 +136,6 @@ class Memory(Options):
         "Compute each block again in the backward pass instead of keeping what it computed.", default=False
     )
     gradient_checkpointing_cpu_offload: bool = option(
-        "With gradient checkpointing, which it implies: keep the inputs of the blocks in host memory.", default=False
+        "With gradient checkpointing, which it implies: keep the inputs of the blocks in host memory.",
+        default=False,
     )

@@ -1,6 +1,7 @@
 """From the order of batches to what a step computes with: loaded, noise drawn, on the device, ahead of time."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kontext.data.batches import Batch
+from kontext.errors import UserError
 from kontext.timesteps import stratified
 from kontext.training.plan import Plan
 from kontext.training.seeds import draw_noise, draw_uniform, generator_of
@@ -53,8 +55,7 @@ class Example:
         return replace(self, batch=_moved(self.batch, move), noise=move(self.noise))
 
 
-def _moved(batch: Batch, move: object) -> Batch:
-    assert callable(move)
+def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
     return replace(
         batch,
         latents=move(batch.latents),
@@ -64,7 +65,7 @@ def _moved(batch: Batch, move: object) -> Batch:
     )
 
 
-class Examples(Dataset[Example]):
+class Examples(Dataset["Example | UserError"]):
     """Examples by place. A worker process holds a copy; nothing in it changes but a memory of the last epoch."""
 
     def __init__(self, batches: Batches, plan: Plan, *, seed: int, buckets: int | None = None) -> None:
@@ -74,8 +75,15 @@ class Examples(Dataset[Example]):
         self.buckets = buckets
         self._pool: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def __getitem__(self, place: Place) -> Example:
-        step, index = place
+    def __getitem__(self, place: Place) -> "Example | UserError":
+        """The example, or what is wrong: raised in a worker, the message would arrive buried in a traceback."""
+        try:
+            return self.example(*place)
+        except UserError as error:
+            return error
+
+    def example(self, step: int, index: int) -> Example:
+        """Raises UserError when the caches have gone."""
         epoch = self.plan.epoch(step)
         sizes = self.batches.sizes(epoch)
         batch = self.batches.load(epoch, index)
@@ -108,11 +116,21 @@ def feed(
     examples: Examples, *, first_step: int, rank: int, workers: int, device: torch.device
 ) -> Iterator[Example]:
     """Examples of process `rank` from `first_step` to the end, on the device, loaded by `workers` processes."""
-    loader: DataLoader[Example] = DataLoader(
+    loader: DataLoader[Example | UserError] = DataLoader(
         examples,
         batch_size=None,
         sampler=places(examples.plan, first_step=first_step, rank=rank),
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_heed_no_interrupts,
     )
-    return (example.to(device) for example in loader)
+    for example in loader:
+        if isinstance(example, UserError):
+            raise example
+        yield example.to(device)
+
+
+def _heed_no_interrupts(worker: int) -> None:
+    """Ctrl-C reaches workers too, but it is for the main process to decide when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,13 +5,16 @@ Every value is a string. None of them is a time, unless asked for: the same run 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+
+from kontext.data.config import Dataset
 
 BASE_MODEL = "flux_kontext"
 ARCHITECTURE = "flux-1-dev/lora"  # sd-scripts' spelling, which tools for LoRA files look for
@@ -103,6 +106,25 @@ def spec_fields(title: Title, facts: Facts) -> dict[str, str]:
         "timestep_range": ",".join(map(str, title.timestep_range)) if title.timestep_range else None,
     }
     return {f"modelspec.{name}": value for name, value in fields.items() if value is not None}
+
+
+def describe_datasets(datasets: Sequence[Dataset], with_references: Container[Path]) -> list[dict[str, Any]]:
+    """`ss_datasets`: the blocks of the dataset file, paths by their last part; `with_references` are cache folders."""
+    described = []
+    for dataset in datasets:
+        entry: dict[str, Any] = {
+            "resolution": list(dataset.resolution),
+            "caption_extension": dataset.caption_extension,
+            "batch_size_per_device": dataset.batch_size,
+            "num_repeats": dataset.num_repeats,
+            "enable_bucket": dataset.enable_bucket,
+            "bucket_no_upscale": dataset.bucket_no_upscale,
+        }
+        for name in ("image_directory", "image_jsonl_file", "control_directory"):
+            if (path := getattr(dataset, name)) is not None:
+                entry[name] = path.name
+        described.append(entry | {"has_control": dataset.cache_folder in with_references})
+    return described
 
 
 def at_save(facts: Facts, *, step: int, epoch: int, now: float) -> dict[str, str]:

@@ -38,14 +38,22 @@ class Saver:
     """Listens to the loop and saves when it is due. In a team only the leading process has one."""
 
     def __init__(
-        self, names: Names, rules: SaveRules, plan: Plan, *, write_adapter: Write, write_state: Write
+        self,
+        names: Names,
+        rules: SaveRules,
+        plan: Plan,
+        *,
+        write_adapter: Write,
+        write_state: Write,
+        last_state: Path | None = None,
     ) -> None:
+        """last_state: the one that the run came from."""
         self.names = names
         self.rules = rules
         self.plan = plan
         self.write_adapter = write_adapter
         self.write_state = write_state
-        self.last_state: Path | None = None
+        self.last_state = last_state
 
     def due(self, step: int) -> bool:
         """Whether something is to be saved after step `step` (counted from 0), the end of the run aside."""

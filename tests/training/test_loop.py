@@ -67,7 +67,7 @@ def test_accumulated_batches_count_by_their_items() -> None:
     run = Run(steps=1, accumulation=2, items=6)
     losses = []
     for index in run.plan.group(0):
-        example = run.examples[0, index]
+        example = run.examples.example(0, index)
         losses.append(run.objective.losses(example, run.objective.levels(example)))
     assert {len(part) for part in losses} == {1, 2}
     torch.cat(losses).mean().backward()

@@ -1,0 +1,158 @@
+"""`kontext train`: from cached batches to a LoRA file."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from secrets import randbits
+
+from kontext import console
+from kontext.commands import train_values as values
+from kontext.data.batches import Batches, open_batches
+from kontext.data.items import Skips
+from kontext.errors import UserError
+from kontext.generation.parts import Loras, read_adapters
+from kontext.generation.pipeline import Kontext
+from kontext.lora.adapter import LoraLinear
+from kontext.lora.files import load_weights
+from kontext.memory.recompute import recompute_blocks
+from kontext.model.transformer import Transformer
+from kontext.options.train import Train
+from kontext.training.feed import Examples
+from kontext.training.names import Names
+from kontext.training.network import Network, build, parameters_of
+from kontext.training.objective import Objective
+from kontext.training.optimizers import evaluation_weights
+from kontext.training.plan import Plan
+from kontext.training.previews import Previews, Sample, prepare
+from kontext.training.prompts import read_sample_prompts
+from kontext.training.seeds import seed_of
+from kontext.training.session import Session, Start
+from kontext.training.state import Progress, changed_settings, latest_state, read_progress
+
+
+def run(options: Train) -> None:
+    """Train a LoRA as the options say, or go on with one."""
+    names = Names(options.output_dir, options.output_name)
+    network = values.network(options)
+    _check_writable(options.output_dir)
+    start = _start(options.resume, names)
+    seed = _seed(options.seed, start)
+    team = values.team(options)
+    batches = _batches(options, seed)
+    plan = values.plan(options, len(batches.sizes(0)), team.size)
+    settings = values.course(options, batches, plan, seed)
+    _check_same(start, settings)
+
+    kontext = Kontext(values.files(options), values.runtime(options, team.device))
+    samples = _samples(options, kontext, seed) if team.leads else []
+    transformer, modules = _model(options, kontext, network, seed)
+    updates = values.updates(options, network, parameters_of(modules), plan, team.device)
+    start.load(updates)
+    _introduce(plan, batches, modules)
+
+    weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
+    export = values.export(options, modules, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights)
+    drawn = Previews(
+        kontext, samples, plan=plan, rhythm=values.rhythm(options), weights=weights, folder=names.folder, name=names.stem
+    )
+    Session(
+        team=team,
+        examples=Examples(batches, plan, seed=seed, buckets=options.num_timestep_buckets),
+        workers=options.max_data_loader_n_workers,
+        objective=Objective(transformer, values.timesteps(options), options.guidance_scale),
+        updates=updates,
+        start=start,
+        names=names,
+        rules=values.rules(options),
+        settings=settings,
+        write_adapter=export,
+        previews=drawn if samples else None,
+        log=values.log(options, team),
+    ).run()
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError now, not when the first save fails after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written to ({error.strerror}).") from error
+
+
+def _start(resume: Path | None, names: Names) -> Start:
+    """Where to begin: at a state folder if one is given or, with auto, found."""
+    folder = latest_state(names.states()) if resume == Path("auto") else resume
+    if folder is None:
+        if resume is not None:
+            console.notice(f"--resume auto: {names.folder} has no state of {names.stem} yet; starting anew.")
+        return Start(None, Progress(step=0, settings={}))
+    progress = read_progress(folder)
+    console.say(f"Going on from {folder}, after step {progress.step}.")
+    return Start(folder, progress)
+
+
+def _seed(given: int | None, start: Start) -> int:
+    """The seed that was given, else that of the run that goes on, else a new one."""
+    if given is not None:
+        return given
+    seed = start.progress.settings.get("seed", randbits(32))
+    console.notice(f"--seed {seed}")
+    return seed
+
+
+def _batches(options: Train, seed: int) -> Batches:
+    skips = Skips(strict=options.strict)
+    encoders = {name: getattr(options, name) for name in ("vae", "text_encoder1", "text_encoder2")}
+    batches = open_batches(options.dataset_config, seed=seed, skips=skips, encoders=encoders)
+    skips.show()
+    return batches
+
+
+def _check_same(start: Start, settings: dict[str, object]) -> None:
+    """Raises UserError if the run that goes on had other settings: it would not be the same run any more."""
+    changed = changed_settings(start.progress.settings, settings) if start.folder else {}
+    if changed:
+        differences = ", ".join(f"{name} was {before}, now {now}" for name, (before, now) in changed.items())
+        raise UserError(
+            f"--resume {start.folder}: {differences}. Give the same values, or begin a new run from the adapter "
+            "with --network-weights."
+        )
+
+
+def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
+    """The sample pictures, prepared before the transformer takes its memory."""
+    if options.sample_prompts is None:
+        return []
+    requests = read_sample_prompts(options.sample_prompts, values.sample_request(seed))
+    console.say(f"Encoding {len(requests)} sample prompts")
+    return prepare(kontext, requests)
+
+
+def _model(
+    options: Train, kontext: Kontext, network: Network, seed: int
+) -> tuple[Transformer, dict[str, LoraLinear]]:
+    """The transformer, frozen, with its adapters by module name: load, attach, recompute, in this order."""
+    transformer = kontext.transformer()
+    modules = build(transformer, network, seed=seed_of("network", seed))
+    if options.network_weights is not None:
+        (adapter,) = read_adapters(options.dit, Loras((options.network_weights,)))
+        missing = load_weights(modules, adapter)
+        console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
+        if missing:
+            console.warn(f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}.")
+    offload = options.gradient_checkpointing_cpu_offload
+    if offload and kontext.runtime.device.type == "cpu":
+        console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
+    if options.gradient_checkpointing or offload:
+        recompute_blocks(transformer, offload=offload)
+    return transformer, modules
+
+
+def _introduce(plan: Plan, batches: Batches, modules: dict[str, LoraLinear]) -> None:
+    count = sum(parameter.numel() for parameter in parameters_of(modules).values())
+    console.say(
+        f"Training {count:,} parameters in {len(modules)} modules: {batches.items_per_epoch} items in {plan.batches} "
+        f"batches an epoch, {plan.steps} steps over {plan.epochs} epochs."
+    )

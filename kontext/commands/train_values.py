@@ -1,0 +1,300 @@
+"""What the options of `kontext train` mean in the values that training takes."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from datetime import datetime
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from kontext import console
+from kontext.data.batches import Batches
+from kontext.data.config import load_datasets
+from kontext.device import resolve_device, resolve_dtype
+from kontext.errors import UserError
+from kontext.generation.parts import ModelFiles, Runtime
+from kontext.generation.request import Request
+from kontext.lora.adapter import LoraLinear
+from kontext.options.train import Train
+from kontext.timesteps import Timesteps
+from kontext.training.arguments import parse_arguments
+from kontext.training.export import Export
+from kontext.training.loop import Updates
+from kontext.training.metadata import Facts, Title, describe_datasets, spec_fields, training_fields
+from kontext.training.monitor import Log
+from kontext.training.network import Network, groups_of, network_of
+from kontext.training.optimizers import make_optimizer
+from kontext.training.plan import Plan
+from kontext.training.previews import GUIDANCE, STEPS, Rhythm
+from kontext.training.saving import Keep, SaveRules
+from kontext.training.schedules import LearningRate
+from kontext.training.team import Team
+
+# Options that change the course of training: a run goes on from a state only with the same values.
+COURSE = (
+    "network_module", "network_dim", "network_alpha", "network_dropout", "network_args", "timestep_sampling",
+    "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+    "min_timestep", "max_timestep", "preserve_distribution_shape", "num_timestep_buckets", "guidance_scale",
+    "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps",
+    "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio",
+    "max_grad_norm", "fp8", "fp8_scaled",
+)  # fmt: skip
+MIXED = {"bf16": "bfloat16", "fp16": "float16"}
+NETWORK_MODULE = "networks.lora_flux"  # what sd-scripts and musubi-tuner call this network in their files
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
+
+
+def network(options: Train) -> Network:
+    """Raises UserError for bad --network-args."""
+    arguments = parse_arguments(options.network_args, "--network-args")
+    return network_of(options.network_dim, options.network_alpha, options.network_dropout, arguments)
+
+
+def precision(options: Train) -> str:
+    """The transformer's precision: --dtype if given, else that of --mixed-precision or `accelerate launch`."""
+    if "dtype" in options.model_fields_set:
+        return options.dtype
+    mixed = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return MIXED.get(mixed, options.dtype)
+
+
+def team(options: Train) -> Team:
+    """The processes of this run. Raises UserError for a missing GPU or logging package."""
+    device = resolve_device(options.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    tracker = _tracker(options)
+    folder = None
+    if tracker and options.logging_dir:
+        folder = options.logging_dir / f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}"
+    return Team(
+        Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",  # precision is chosen module by module, not by autocast
+            log_with=tracker,
+            project_dir=folder,
+        )
+    )
+
+
+def _tracker(options: Train) -> str | None:
+    tracker = options.log_with or ("tensorboard" if options.logging_dir else None)
+    if tracker and not any(find_spec(package) for package in TRACKERS[tracker]):
+        raise UserError(f"--log-with {tracker} needs the package {tracker}: pip install {tracker}")
+    return tracker
+
+
+def log(options: Train, team: Team) -> Log:
+    """Where values are logged to: nowhere unless logs are asked for."""
+    if _tracker(options) is None:
+        return lambda values, step: None
+    team.accelerator.init_trackers("kontext", config={name: str(v) for name, v in options.model_dump().items()})
+    return lambda values, step: team.accelerator.log(dict(values), step=step)
+
+
+def plan(options: Train, batches: int, processes: int) -> Plan:
+    """Epochs of `batches` batches up to the asked number of steps or epochs."""
+    one = Plan(batches, options.gradient_accumulation_steps, processes, steps=1)
+    epochs = options.max_train_epochs
+    steps = epochs * one.steps_per_epoch if epochs else options.max_train_steps
+    return Plan(batches, options.gradient_accumulation_steps, processes, steps)
+
+
+def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str, Any]:
+    """All that decides how training goes, by the user's names for it."""
+    entries = [
+        (entry.item.key, entry.sizes, group.batch_size, group.repeats)
+        for group in batches.groups
+        for entry in group.entries
+    ]
+    return {
+        **{name: getattr(options, name) for name in COURSE},
+        "seed": seed,
+        "dtype": precision(options),
+        "dit": options.dit.name,
+        "batches per step": plan.per_step,
+        "dataset": hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16],
+    }
+
+
+def files(options: Train) -> ModelFiles:
+    return ModelFiles(
+        dit=options.dit,
+        vae=options.vae,
+        text_encoder1=options.text_encoder1,
+        text_encoder2=options.text_encoder2,
+        tokenizer1=options.tokenizer1,
+        tokenizer2=options.tokenizer2,
+    )
+
+
+def runtime(options: Train, device: torch.device) -> Runtime:
+    return Runtime(
+        device=device,
+        dtype=resolve_dtype(precision(options)),
+        vae_dtype=resolve_dtype(options.vae_dtype),
+        quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
+        attention=options.attn_mode,
+        fp8_t5=options.fp8_t5,
+        t5_max_length=options.t5_max_length,
+        keep=True,
+    )
+
+
+def timesteps(options: Train) -> Timesteps:
+    if options.weighting_scheme in ("logit_normal", "mode") and options.timestep_sampling != "sigma":
+        console.notice(
+            f"--weighting-scheme {options.weighting_scheme} shapes --timestep-sampling sigma alone; it does nothing with "
+            f"{options.timestep_sampling}."
+        )
+    return Timesteps(
+        sampling=options.timestep_sampling,
+        sigmoid_scale=options.sigmoid_scale,
+        flow_shift=options.discrete_flow_shift,
+        weighting=options.weighting_scheme,
+        logit_mean=options.logit_mean,
+        logit_std=options.logit_std,
+        mode_scale=options.mode_scale,
+        minimum=options.min_timestep / 1000,
+        maximum=options.max_timestep / 1000,
+        preserve_shape=options.preserve_distribution_shape,
+    )
+
+
+def updates(
+    options: Train,
+    network: Network,
+    parameters: Mapping[str, nn.Parameter],
+    plan: Plan,
+    device: torch.device,
+) -> Updates:
+    """Optimizer, learning rates, clipping and loss scale. Raises UserError for an optimizer that cannot be had."""
+    groups = groups_of(parameters, rate=options.learning_rate, plus_ratio=network.plus_ratio)
+    arguments = parse_arguments(options.optimizer_args, "--optimizer-args")
+    scaled = precision(options) == "float16" and device.type == "cuda"
+    return Updates(
+        parameters=parameters,
+        optimizer=make_optimizer(options.optimizer_type, groups, arguments=arguments),
+        rates=[_rate(options, plan, group["lr"]) for group in groups],
+        max_norm=options.max_grad_norm,
+        scaler=GradScaler(device.type, enabled=scaled),
+    )
+
+
+def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
+    return LearningRate(
+        peak=peak,
+        schedule=options.lr_scheduler,
+        total=plan.steps,
+        warmup=_steps(options.lr_warmup_steps, plan.steps),
+        decay=_steps(options.lr_decay_steps, plan.steps),
+        cycles=options.lr_scheduler_num_cycles,
+        power=options.lr_scheduler_power,
+        min_ratio=options.lr_scheduler_min_lr_ratio,
+        timescale=options.lr_scheduler_timescale,
+    )
+
+
+def _steps(value: float, total: int) -> int:
+    """A number of steps, or a share of `total` when below 1."""
+    return round(value * total) if value < 1 else round(value)
+
+
+def rules(options: Train) -> SaveRules:
+    """When to save what."""
+    adapters = Keep(options.save_last_n_epochs, options.save_last_n_steps)
+    states = Keep(
+        options.save_last_n_epochs_state or adapters.epochs, options.save_last_n_steps_state or adapters.steps
+    )
+    return SaveRules(
+        every_epochs=options.save_every_n_epochs,
+        every_steps=options.save_every_n_steps,
+        adapters=adapters,
+        states=states,
+        with_state=options.save_state,
+        state_at_end=options.save_state_on_train_end,
+    )
+
+
+def rhythm(options: Train) -> Rhythm:
+    """When to sample."""
+    return Rhythm(options.sample_at_first, options.sample_every_n_steps, options.sample_every_n_epochs)
+
+
+def sample_request(seed: int) -> Request:
+    """A sample picture where its prompt says nothing else; all with one seed, so that epochs can be compared."""
+    return Request("", seed=seed, steps=STEPS, guidance=GUIDANCE)
+
+
+def export(
+    options: Train,
+    modules: Mapping[str, LoraLinear],
+    batches: Batches,
+    plan: Plan,
+    *,
+    seed: int,
+    optimizer: Optimizer,
+    weights: Callable[[], AbstractContextManager[None]],
+) -> Export:
+    """What writes the LoRA files, with all that is to be said about them."""
+    about = _facts(options, batches, plan, seed, optimizer)
+    settings = options.model_dump() | {
+        "network_module": NETWORK_MODULE,
+        "network_alpha": network(options).alpha,
+        "mixed_precision": {long: short for short, long in MIXED.items()}.get(precision(options), "no"),
+        "seed": seed,
+        "lr_warmup_steps": _steps(options.lr_warmup_steps, plan.steps),
+    }
+    return Export(
+        modules=modules,
+        dtype=resolve_dtype(options.save_precision),
+        facts=about,
+        fields=training_fields(settings, about),
+        spec=spec_fields(_title(options), about),
+        brief=options.no_metadata,
+        plan=plan,
+        weights=weights,
+    )
+
+
+def _facts(options: Train, batches: Batches, plan: Plan, seed: int, optimizer: Optimizer) -> Facts:
+    datasets = load_datasets(options.dataset_config)
+    entries = [entry for group in batches.groups for entry in group.entries]
+    with_references = {entry.latents.parent for entry in entries if entry.references}
+    kind = type(optimizer)
+    session = hashlib.sha256(json.dumps(course(options, batches, plan, seed), sort_keys=True).encode())
+    return Facts(
+        items=batches.items_per_epoch,
+        batches=plan.batches,
+        epochs=plan.epochs,
+        steps=plan.steps,
+        datasets=describe_datasets(datasets, with_references),
+        resolution=max((dataset.resolution for dataset in datasets), key=lambda size: size[0] * size[1]),
+        optimizer=f"{kind.__module__}.{kind.__qualname__}({','.join(options.optimizer_args)})",
+        network_args=parse_arguments(options.network_args, "--network-args"),
+        session=int(session.hexdigest()[:8], 16),
+        started=time.time() if options.metadata_time else None,
+    )
+
+
+def _title(options: Train) -> Title:
+    limited = options.min_timestep > 0 or options.max_timestep < 1000
+    return Title(
+        title=options.metadata_title or options.output_name,
+        architecture=options.metadata_arch,
+        resolution=options.metadata_reso,
+        author=options.metadata_author,
+        description=options.metadata_description,
+        license=options.metadata_license,
+        tags=options.metadata_tags,
+        timestep_range=(options.min_timestep, options.max_timestep) if limited else None,
+    )

@@ -1,0 +1,43 @@
+"""Writing the adapter with all that is known about it."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kontext import console
+from kontext.files import save_tensors
+from kontext.lora.adapter import LoraLinear
+from kontext.lora.files import kohya_tensors
+from kontext.training.metadata import Facts, at_save, hashes, network_fields
+from kontext.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes adapter files: `modules` in `dtype`, with their training fields (or few of them) and the modelspec's.
+
+    weights: within it the adapter has the weights to be used.
+    """
+
+    modules: Mapping[str, LoraLinear]
+    dtype: torch.dtype
+    facts: Facts
+    fields: Mapping[str, str]
+    spec: Mapping[str, str]
+    brief: bool
+    plan: Plan
+    weights: Callable[[], AbstractContextManager[None]]
+
+    def __call__(self, path: Path, done: int) -> None:
+        """Writes the adapter as it is after `done` steps."""
+        with self.weights():
+            tensors = kohya_tensors(self.modules, self.dtype)
+        epoch = self.plan.epoch(done - 1) + 1
+        fields = {**self.fields, **at_save(self.facts, step=done, epoch=epoch, now=time.time())}
+        kept = network_fields(fields) if self.brief else fields
+        save_tensors(path, tensors, {**kept, **self.spec, **hashes(tensors, kept)})
+        console.say(f"Saved {path}")

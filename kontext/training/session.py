@@ -1,0 +1,136 @@
+"""A run put together: the loop with everyone who listens to it, from the first step to the finished file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kontext import console
+from kontext.training.feed import Examples, feed
+from kontext.training.interrupts import Interrupts
+from kontext.training.loop import Listener, Outcome, Updates, train
+from kontext.training.monitor import Log, Monitor
+from kontext.training.names import Names
+from kontext.training.objective import Objective
+from kontext.training.previews import Previews
+from kontext.training.saving import Saver, SaveRules
+from kontext.training.state import Progress, load_state, save_state
+from kontext.training.team import Team
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: a state folder with what it says, or no folder and step 0."""
+
+    folder: Path | None
+    progress: Progress
+
+    def load(self, updates: Updates) -> None:
+        """Puts weights, optimizer and loss scale back. Raises UserError if the state is of another network."""
+        if self.folder is None:
+            return
+        load_state(self.folder, parameters=updates.parameters, optimizer=updates.optimizer)
+        if self.progress.scaler:
+            updates.scaler.load_state_dict(dict(self.progress.scaler))
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything that a run is made of.
+
+    settings: what a run that goes on from its states must have in common with it; write_adapter: as in Saver.
+    """
+
+    team: Team
+    examples: Examples
+    workers: int
+    objective: Objective
+    updates: Updates
+    start: Start
+    names: Names
+    rules: SaveRules
+    settings: Mapping[str, Any]
+    write_adapter: Callable[[Path, int], None]
+    previews: Previews | None
+    log: Log
+
+    def run(self) -> None:
+        """Trains to the end of the plan and saves.
+
+        Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved if states are wanted; UserError when
+        the loss is no number.
+        """
+        plan, first = self.examples.plan, self.start.progress.step
+        with Interrupts() as interrupts, console.progress("train", plan.steps, unit="step", done=first) as progress:
+            monitor = Monitor(
+                plan,
+                self.team,
+                progress,
+                log=self.log,
+                last_state=lambda: saver.last_state,
+                notes=self.start.progress.notes,
+            )
+            saver = self._saver(monitor)
+            if first == 0 and self._previews and self._previews.rhythm.at_first:
+                self._previews.draw(f"{0:06d}")
+            self._train(self._listeners(interrupts, monitor, saver))
+            monitor.flush()
+        if self.team.leads:
+            saver.finish()
+        self.team.wait()
+
+    @property
+    def _previews(self) -> Previews | None:
+        return self.previews if self.team.leads else None
+
+    def _saver(self, monitor: Monitor) -> Saver:
+        def write_state(folder: Path, done: int) -> None:
+            progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes)
+            parameters, optimizer = self.updates.parameters, self.updates.optimizer
+            save_state(folder, progress=progress, parameters=parameters, optimizer=optimizer)
+
+        return Saver(
+            self.names,
+            self.rules,
+            self.examples.plan,
+            write_adapter=self.write_adapter,
+            write_state=write_state,
+            last_state=self.start.folder,
+        )
+
+    def _listeners(self, interrupts: Interrupts, monitor: Monitor, saver: Saver) -> list[Listener]:
+        """In this order: what a loss that is no number stops must not have been saved."""
+
+        def flush(outcome: Outcome) -> None:
+            if saver.due(outcome.step):
+                monitor.flush()
+
+        def stop(outcome: Outcome) -> None:
+            if outcome.step + 1 < self.examples.plan.steps and self.team.any(interrupts.requested):
+                monitor.flush()
+                if self.team.leads:
+                    saver.interrupted(outcome.step + 1)
+                raise KeyboardInterrupt
+
+        previews = [self._previews] if self._previews else []
+        return [monitor, flush, *([saver] if self.team.leads else []), *previews, stop]
+
+    def _train(self, listeners: list[Listener]) -> None:
+        first = self.start.progress.step
+        examples = feed(
+            self.examples,
+            first_step=first,
+            rank=self.team.rank,
+            workers=self.workers,
+            device=self.team.device,
+        )
+        train(
+            self.objective,
+            self.updates,
+            plan=self.examples.plan,
+            examples=examples,
+            team=self.team,
+            seed=self.examples.seed,
+            first_step=first,
+            listeners=listeners,
+        )
