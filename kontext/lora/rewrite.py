@@ -26,6 +26,7 @@ from kontext.lora.stream import Spec, Writer, read
 from kontext.model.transformer import Transformer, TransformerConfig
 from kontext.quant import FP8, dequantise
 
+FP8_SCALED = "fp8_scaled"
 Layout = Literal["bfl", "diffusers"]
 SaveType = torch.dtype | Literal["fp8_scaled"]
 
@@ -99,10 +100,10 @@ def plan_checkpoint(
     config = transformer_config(source)
     first = source.keys()[0]
     prefix = source.entry(first).name.removesuffix(first) if layout == old else ""
-    quantised = _quantisable(config) if dtype == "fp8_scaled" else set()
+    quantised = _quantisable(config) if dtype == FP8_SCALED else set()
     jobs = []
     for name, keys in _inputs(source, old).items():
-        wanted = (FP8 if name in quantised else None) if dtype == "fp8_scaled" else dtype
+        wanted = (FP8 if name in quantised else None) if dtype == FP8_SCALED else dtype
         rows = sum(source.shape(key)[0] for key in keys)
         outputs = [(prefix + key, size) for key, size in _output_names(config, name, rows, layout)]
         copied = layout == old and wanted is None and name not in changes
@@ -110,7 +111,7 @@ def plan_checkpoint(
     used = {entry.name for job in jobs for entry in job.scales if entry}
     others = [source.entry(k) for k in source.keys() if COMPANION.fullmatch(k)]  # noqa: SIM118
     companions = [e for e in others if e.name not in used] if dtype is None else []
-    marker = f"{prefix}{MARKER}" if dtype == "fp8_scaled" else None
+    marker = f"{prefix}{MARKER}" if dtype == FP8_SCALED else None
     return Checkpoint(source, changes, layout, jobs, companions, marker)
 
 
@@ -120,12 +121,12 @@ def write_checkpoint(
     *,
     metadata: Mapping[str, str],
     device: torch.device | str = "cpu",
-    on_tensor: Callable[[int], None] = lambda _: None,
+    on_job: Callable[[], object] = lambda: None,
 ) -> Loss:
     """Write the planned file; an older one at `out` stays whole until the new one is complete.
 
     out: a file, or for the diffusers layout a folder, which gets the base's config.json too.
-    on_tensor: told the bytes of each tensor written.
+    on_job: called after each of the checkpoint's jobs.
 
     Raises UserError when the disk is too small or refuses.
     """
@@ -142,7 +143,7 @@ def write_checkpoint(
             writer.put(checkpoint.marker, torch.zeros(2, dtype=FP8))
         for job in checkpoint.jobs:
             _run(job, checkpoint, writer, torch.device(device), loss)
-            on_tensor(sum(spec.bytes for spec in job.outputs))
+            on_job()
     config = checkpoint.source.files[0].parent / "config.json"
     if file != out and config.is_file():
         shutil.copyfile(config, out / "config.json")
@@ -150,7 +151,7 @@ def write_checkpoint(
 
 
 def _refuse(source: Source, layout: Layout, converted: bool, dtype: SaveType | None) -> None:
-    if dtype == "fp8_scaled" and layout == "diffusers":
+    if dtype == FP8_SCALED and layout == "diffusers":
         raise UserError(
             "fp8 with scales is not published in diffusers' layout. Use --layout bfl or another dtype."
         )

@@ -12,7 +12,8 @@ from kontext.options.base import Options, option
 SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _long_precision(value: Any) -> Any:
+def long_precision(value: Any) -> Any:
+    """fp32, bf16 and fp16 by their long names."""
     return SHORT_PRECISIONS.get(value, value) if isinstance(value, str) else value
 
 
@@ -22,7 +23,7 @@ def _device_name(value: str) -> str:
     return value
 
 
-Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_long_precision)]
+Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(long_precision)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
