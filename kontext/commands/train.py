@@ -10,10 +10,10 @@ from kontext.commands import train_values as values
 from kontext.data.batches import Batches, open_batches
 from kontext.data.items import Skips
 from kontext.errors import UserError
-from kontext.generation.parts import Loras, read_adapters
 from kontext.generation.pipeline import Kontext
 from kontext.lora.adapter import LoraLinear
 from kontext.lora.files import load_weights
+from kontext.lora.report import read_adapters
 from kontext.memory.recompute import recompute_blocks
 from kontext.model.transformer import Transformer
 from kontext.options.train import Train
@@ -137,7 +137,7 @@ def _model(
     transformer = kontext.transformer()
     modules = build(transformer, network, seed=seed_of("network", seed))
     if options.network_weights is not None:
-        (adapter,) = read_adapters(options.dit, Loras((options.network_weights,)))
+        (adapter,) = read_adapters([options.network_weights], transformer.config)
         missing = load_weights(modules, adapter)
         console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
         if missing:
