@@ -10,23 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from traceback import format_exception
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -155,38 +149,34 @@ def progress(title: str, total: int, *, unit: str = "it", done: int = 0) -> Iter
         finally:
             lines.finish()
         return
-    columns = (
-        SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _SpeedColumn(unit),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+    with _live_columns(console) as live:
+        yield _Live(live, live.add_task(title, total=total, completed=done, speed="", note=""), unit)
+
+
+def _live_columns(console: Console) -> "RichProgress":
+    from rich import progress as columns  # only commands that run need it
+
+    return columns.Progress(
+        columns.SpinnerColumn(finished_text="[green]✓"),
+        columns.TextColumn("{task.description}", markup=False),
+        columns.BarColumn(bar_width=24),
+        columns.MofNCompleteColumn(),
+        columns.TextColumn("{task.fields[speed]}", style="cyan", markup=False),
+        columns.TimeRemainingColumn(),
+        columns.TextColumn("{task.fields[note]}", markup=False),
+        console=console,
     )
-    with RichProgress(*columns, console=console) as live:
-        yield _Live(live, live.add_task(title, total=total, completed=done, note=""))
-
-
-class _SpeedColumn(ProgressColumn):
-    """Units per second, or seconds per unit when it is slow."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        return Text(_speed(task.finished_speed or task.speed, self.unit), style="cyan")
 
 
 class _Live:
     """Progress on a terminal."""
 
-    def __init__(self, live: RichProgress, task: int) -> None:
-        self.live, self.task = live, task
+    def __init__(self, live: "RichProgress", task: "TaskID", unit: str) -> None:
+        self.live, self.task, self.unit = live, task, unit
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self.live.update(self.task, advance=count, note=note)
+        speed = _speed(self.live.tasks[0].speed, self.unit)
+        self.live.update(self.task, advance=count, note=note, speed=speed)
 
 
 class _Lines:
