@@ -10,12 +10,14 @@ generation. musubi-tuner shrinks by OpenCV's area average, which is slightly sof
 import importlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from kontext.errors import UserError
@@ -45,6 +47,18 @@ PREFERRED_RESOLUTIONS: tuple[Size, ...] = (
 """The sizes that FLUX.1 Kontext was trained at."""
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of an EXIF orientation upright; from 5 on, width and height change places."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """An opened picture: upright, RGB, 8 bits; `notes` say what had to be done to the file's own form."""
@@ -65,29 +79,39 @@ def read_picture(path: Path, data: bytes | None = None) -> Picture:
     into RGB (CMYK through its embedded profile). RGB profiles are ignored, as in every program that runs the
     model. Raises UserError, naming the file, for whatever cannot be read whole.
     """
-    if data is None:
-        data = read_bytes(path)
-    try:
-        with _open(path, data) as image:
-            image.load()
-            return as_rgb(ImageOps.exif_transpose(image))
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise whatever they trip over
-        raise UserError(f"{path}: damaged or cut short, cannot be decoded ({error}).") from error
+    with _explained(path), _open(path, read_bytes(path) if data is None else data) as image:
+        orientation = _orientation(image)
+        image.load()
+        turn = TURNS.get(orientation)
+        return as_rgb(image if turn is None else image.transpose(turn))
 
 
 def image_size(path: Path) -> Size:
     """Width and height of the upright picture, from the file's header alone."""
+    with _explained(path), _open(path, path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into a UserError that names the file."""
     try:
-        with _open(path, path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except UserError:
-        raise
-    except Exception as error:  # as above
-        raise UserError(f"{path}: damaged or cut short, its header cannot be read ({error}).") from error
-    return (height, width) if turned else (width, height)
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    except Exception as error:  # decoders raise whatever they trip over
+        raise UserError(f"{path}: damaged or cut short ({error}).") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 when there is none; the pixels are not decoded.
+
+    Pillow's own method for PNG decodes the whole picture to find EXIF data behind the pixels, where no camera and
+    no program is known to put it.
+    """
+    return Image.Image.getexif(image).get(0x0112, 1)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -140,7 +164,7 @@ def as_rgb(image: Image.Image) -> Picture:
         image = _eight_bits(image)
         notes.append("16 bits scaled to 8")
     if image.mode == "F":
-        raise UserError("floating point pixels have no defined range; save it with 8 or 16 bits")
+        raise UserError("Its pixels are floating point numbers without a defined range; save it with 8 or 16 bits.")
     if image.has_transparency_data:
         image = _on_white(image)
         notes.append("transparency laid on white")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from kontext.data.images import cover, read_picture
 from kontext.data.plan import Entry
@@ -36,13 +36,12 @@ def _draw_card(sheet: Image.Image, corner: tuple[int, int], entry: Entry, cells:
         x = left + index * (CELL + GAP)
         role = "target" if index == 0 else f"reference {index}" if len(entry.sizes) > 2 else "reference"
         try:
-            picture = cover(read_picture(path).image, size)
+            picture = ImageOps.contain(cover(read_picture(path).image, size), (CELL, CELL))
         except UserError:
-            draw.text((x, top), "cannot be read", MISSING, font=small)
+            draw.text((x, top), f"{role}: cannot be read", MISSING, font=small)
         else:
-            picture.thumbnail((CELL, CELL))
             sheet.paste(picture, (x, top))
-        draw.text((x, top + CELL + 2), f"{role} {size[0]}x{size[1]}", FAINT, font=small)
+            draw.text((x, top + picture.height + 2), f"{role} {size[0]}x{size[1]}", FAINT, font=small)
     x = left + cells * (CELL + GAP)
     lines = [
         *_wrap(entry.item.image.name, small, 1),
