@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from kontext.checkpoints import load_transformer
+from kontext.errors import UserError
+from kontext.lora.branches import attach_adapters
+from kontext.lora.deltas import Change, Decomposed, Delta, Difference, Hadamard, Kronecker, LowRank, Target
+from kontext.lora.files import AdapterFile, save_lora
+from kontext.lora.merge import merging
+from tests.lora.models import CONFIG, relative_error
+from tests.lora.reference import read
+from tests.lora.test_merge import adapted, velocity
+
+
+def random_changes() -> list[Delta]:
+    """Every kind of change, on whole weights and on rows of them."""
+    torch.manual_seed(0)
+    width = CONFIG.width
+
+    def low_rank(rows: int) -> LowRank:
+        return LowRank(torch.randn(3, width), torch.randn(rows, 3), 0.05)
+
+    hadamard = Hadamard(*(torch.randn(s) for s in ((width, 2), (2, width)) * 2), 0.05)
+    kronecker = Kronecker(torch.randn(4, 8), torch.randn(16, 8), 0.05)
+    block = "double_blocks.0."
+    placed: list[tuple[str, int, int, Change]] = [
+        (f"{block}img_attn.qkv.weight", 64, 128, low_rank(64)),
+        (f"{block}img_attn.qkv.bias", 0, 192, Difference(torch.randn(192))),
+        (f"{block}img_attn.proj.weight", 0, 64, hadamard),
+        (f"{block}txt_attn.proj.weight", 0, 64, kronecker),
+        (f"{block}txt_attn.qkv.weight", 0, 64, Difference(0.1 * torch.randn(64, width))),
+        (f"{block}img_mlp.0.weight", 0, 256, Decomposed(low_rank(256), torch.rand(256, 1) + 0.5)),
+        ("single_blocks.1.linear1.weight", 0, 192, Decomposed(low_rank(192), torch.rand(1, width) + 0.5)),
+        ("img_in.weight", 0, 64, low_rank(64)),
+    ]
+    return [Delta(Target(name, start, stop), change, name) for name, start, stop, change in placed]
+
+
+def adapter(*deltas: Delta) -> AdapterFile:
+    return AdapterFile(Path("a"), "any", {d.target.tensor: (d,) for d in deltas}, (), (), {})
+
+
+@torch.no_grad()
+def test_attached_equals_merged(tiny_files):
+    file = adapter(*random_changes())
+    model = load_transformer(tiny_files.dit, device="cpu", dtype=torch.float32)
+    attach_adapters(model, [file], [0.7])
+    edit = merging([file], [0.7])
+    merged = load_transformer(tiny_files.dit, device="cpu", dtype=torch.float32, edit=edit)
+    base = load_transformer(tiny_files.dit, device="cpu", dtype=torch.float32)
+    assert relative_error(velocity(model), velocity(merged)) < 1e-5
+    assert relative_error(velocity(base), velocity(merged)) > 0.05
+
+
+@torch.no_grad()
+def test_strengths_change_between_passes(tmp_path: Path, tiny_files):
+    trained, modules = adapted(tiny_files.dit)
+    save_lora(tmp_path / "a.safetensors", modules)
+    file = read(tmp_path / "a.safetensors")
+    model = load_transformer(tiny_files.dit, device="cpu", dtype=torch.float32)
+    base = velocity(model)
+    attached = attach_adapters(model, [file, file], [0.25, 0.75])
+    assert relative_error(velocity(model), velocity(trained)) < 1e-5
+    attached.set_strengths([0.0])
+    assert torch.equal(velocity(model), base)
+    attached.set_strengths([2.0, -1.0])
+    assert relative_error(velocity(model), velocity(trained)) < 1e-5
+    with pytest.raises(UserError, match="3 multipliers"):
+        attached.set_strengths([1, 2, 3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_scaled"])
+def test_beside_an_fp8_base_nothing_of_the_adapter_is_rounded(tmp_path: Path, tiny_files, quantization):
+    def load(edit=None):
+        return load_transformer(
+            tiny_files.dit, device="cpu", dtype=torch.float32, quantization=quantization, edit=edit
+        )
+
+    file = adapter(*random_changes())
+    attached = load()
+    attach_adapters(attached, [file], [1.0])
+    layer, edit = "double_blocks.0.img_mlp.0", merging([file], [1.0])
+    base = load().get_submodule(layer)
+    x = torch.randn(5, CONFIG.width)
+    expected = torch.nn.functional.linear(
+        x, edit(f"{layer}.weight", base.dequantised(torch.float32)), base.bias
+    )
+    assert relative_error(attached.get_submodule(layer)(x), expected) < 1e-5
+
+
+def test_norms_cannot_be_attached(tiny_files):
+    name = "double_blocks.0.img_attn.norm.query_norm.scale"
+    file = adapter(Delta(Target(name, 0, 32), Difference(torch.ones(32)), name))
+    model = load_transformer(tiny_files.dit, device="cpu", dtype=torch.float32)
+    with pytest.raises(UserError, match="changes the norm .* can be merged"):
+        attach_adapters(model, [file], [1.0])
