@@ -80,7 +80,7 @@ def _condition_all(kontext: Kontext, batch: Batch, framed: dict[int, Framed]) ->
 def _denoise_all(
     kontext: Kontext, batch: Batch, conditioned: dict[int, Conditioned], writer: Writer
 ) -> dict[int, Finished]:
-    kontext.transformer()
+    kontext.transformer_for(next(iter(conditioned.values())).framed.request)
     steps = sum(item.framed.request.steps for item in conditioned.values())
     with progress("Denoising", steps, unit="step") as bar:
 

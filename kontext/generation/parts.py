@@ -1,7 +1,7 @@
 """What generation is made from: which files, in which precision, and models that come and go."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,10 +19,9 @@ from kontext.checkpoints import (
     open_source,
     transformer_config,
 )
-from kontext.console import say, warn
 from kontext.errors import UserError
-from kontext.lora.files import AdapterFile, read_adapter
 from kontext.lora.merge import merging
+from kontext.lora.report import read_adapters
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer
 
@@ -113,8 +112,10 @@ def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
     )
 
 
-def open_transformer(files: ModelFiles, runtime: Runtime, loras: Loras) -> Transformer:
-    """Load the transformer with the LoRAs applied.
+def open_transformer(
+    files: ModelFiles, runtime: Runtime, loras: Loras, strengths: Sequence[float]
+) -> Transformer:
+    """Load the transformer with the LoRAs applied, each at its strength.
 
     Raises UserError when no file was given for it, and for LoRAs that do not fit.
     """
@@ -122,8 +123,8 @@ def open_transformer(files: ModelFiles, runtime: Runtime, loras: Loras) -> Trans
     edit = None
     if loras.paths:
         edit = merging(
-            read_adapters(path, loras),
-            loras.multipliers,
+            read_adapters(loras.paths, transformer_config(open_source(path, "transformer"))),
+            strengths,
             include_patterns=loras.include_patterns,
             exclude_patterns=loras.exclude_patterns,
         )
@@ -132,22 +133,6 @@ def open_transformer(files: ModelFiles, runtime: Runtime, loras: Loras) -> Trans
     )
     use_attention(model, attention_backend(runtime.attention))
     return model
-
-
-def read_adapters(dit: Path, loras: Loras) -> list[AdapterFile]:
-    """Read the LoRA files, saying what each is and warning of what is not used in it.
-
-    Raises UserError for a file of which nothing fits the transformer in `dit`.
-    """
-    config = transformer_config(open_source(dit, "transformer"))
-    adapters = [read_adapter(path, config) for path in loras.paths]
-    for adapter in adapters:
-        say(f"{adapter.path}: {', '.join(adapter.kinds)} ({adapter.family}), {len(adapter.modules)} modules.")
-        for what, keys in (("fit no module", adapter.unmatched), ("are for text encoders", adapter.skipped)):
-            if keys:
-                more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-                warn(f"{adapter.path}: {len(keys)} keys {what}, not applied: {', '.join(keys[:5])}{more}.")
-    return adapters
 
 
 def _given(path: Path | None, name: str) -> Path:

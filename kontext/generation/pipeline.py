@@ -4,7 +4,7 @@ Each stage takes what the one before returns, so that a batch can run stage by s
 a time. Latents are (1, C, h, w) with h and w an eighth of the pixels, and wait on the CPU between stages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from kontext.console import notice
 from kontext.data.images import as_rgb, prepare_reference, read_picture, to_image, to_tensor
 from kontext.denoiser import Conditioning, Denoiser
+from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
 from kontext.flow import schedule
 from kontext.generation.parts import (
@@ -30,6 +31,7 @@ from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
 from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
 from kontext.model.text import encode_clip, encode_t5
+from kontext.model.transformer import Transformer
 from kontext.sampler import Denoise, euler
 
 OnStep = Callable[[int], None]
@@ -78,17 +80,41 @@ class Kontext:
 
     def __init__(self, files: ModelFiles, runtime: Runtime, loras: Loras | None = None) -> None:
         self.runtime = runtime
+        self.loras = loras or Loras()
+        self._strengths = self.loras.multipliers
         self.autoencoder = Part(lambda: open_autoencoder(files, runtime))
         self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
-        self.transformer = Part(lambda: open_transformer(files, runtime, loras or Loras()))
+        self.transformer = Part(lambda: open_transformer(files, runtime, self.loras, self._strengths))
         self._texts: dict[str, Text] = {}
 
-    def edit(self, image: Reference | None, prompt: str, **settings: object) -> Image.Image:
+    @classmethod
+    def load(
+        cls,
+        *,
+        dit: Path | str,
+        vae: Path | str,
+        text_encoder1: Path | str,
+        text_encoder2: Path | str,
+        loras: Mapping[Path | str, float] | None = None,
+        device: str = "auto",
+        dtype: str = "bfloat16",
+    ) -> "Kontext":
+        """The door for programs: from files, with LoRAs and their strengths; models stay loaded between pictures.
+
+        Tokenizers are looked for beside the text encoders. For other choices make a ModelFiles and a Runtime.
+        """
+        files = ModelFiles(Path(dit), Path(vae), Path(text_encoder1), Path(text_encoder2))
+        runtime = Runtime(resolve_device(device), resolve_dtype(dtype), keep=True)
+        weights = {Path(path): strength for path, strength in (loras or {}).items()}
+        return cls(files, runtime, Loras(tuple(weights), tuple(weights.values())))
+
+    def edit(self, image: Reference | str | None, prompt: str, **settings: object) -> Image.Image:
         """One picture from a reference (a path or a PIL image; None: from the prompt alone).
 
         `settings` are fields of Request: seed, width, height, steps, guidance, ...
         """
-        references = () if image is None else (image,)
+        reference = Path(image) if isinstance(image, str) else image
+        references = () if reference is None else (reference,)
         return self.picture(Request(prompt, references=references, **settings))
 
     def picture(self, request: Request) -> Image.Image:
@@ -108,8 +134,9 @@ class Kontext:
     def frame(self, request: Request) -> Framed:
         """Choose the seed and the output's size, and encode the references (posterior mean).
 
-        Raises UserError for an unreadable reference and a size under 64 pixels.
+        Raises UserError for an unreadable reference, a size under 64 pixels and a wrong number of LoRA strengths.
         """
+        self._strengths_for(request)
         images = [_open(reference, request.resize_references) for reference in request.references]
         first = images[0].size if images else None
         width, height = output_size(request.width, request.height, first)
@@ -145,6 +172,22 @@ class Kontext:
         txt = encode_t5(parts.t5, parts.t5_tokenizer, [prompt], max_length=self.runtime.t5_max_length)
         return Text(txt.cpu(), encode_clip(parts.clip, parts.clip_tokenizer, [prompt]).cpu())
 
+    def _strengths_for(self, request: Request) -> tuple[float, ...]:
+        count = len(self.loras.paths)
+        if request.multipliers is not None and len(request.multipliers) != count:
+            raise UserError(
+                f"{len(request.multipliers)} LoRA strengths are given, but there are {count} LoRA files."
+            )
+        return self.loras.multipliers if request.multipliers is None else request.multipliers
+
+    def transformer_for(self, request: Request) -> Transformer:
+        """The transformer with the LoRAs at the request's strengths; loaded again when these have changed."""
+        strengths = self._strengths_for(request)
+        if strengths != self._strengths:
+            self.transformer.free()
+            self._strengths = strengths
+        return self.transformer()
+
     @torch.no_grad()
     def denoise(self, conditioned: Conditioned, on_step: OnStep | None = None) -> Tensor:
         """The finished latent (1, C, h, w), float32 on the CPU.
@@ -155,7 +198,7 @@ class Kontext:
         request = framed.request
         tokens = (framed.height // PIXELS_PER_TOKEN) * (framed.width // PIXELS_PER_TOKEN)
         sigmas = schedule(request.steps, tokens, flow_shift=request.flow_shift)
-        channels = self.transformer().config.out_channels // PATCH**2
+        channels = self.transformer_for(request).config.out_channels // PATCH**2
         noise = draw_noise(request.seed, framed.height, framed.width, channels).to(self.runtime.device)
 
         def watch(step: int, x: Tensor) -> None:

@@ -1,0 +1,183 @@
+"""`kontext generate`: make or edit pictures, one, from a file of prompts, or as they are typed in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kontext import __version__
+from kontext.commands.merge import merge_into_checkpoint
+from kontext.console import ask, error, say, table
+from kontext.device import resolve_device, resolve_dtype
+from kontext.errors import UserError
+from kontext.generation.batch import Failure, run_batch
+from kontext.generation.outputs import Writer, read_latent
+from kontext.generation.parts import Loras, ModelFiles, Runtime
+from kontext.generation.pipeline import Kontext
+from kontext.generation.prompts import parse_line, read_prompt_file
+from kontext.generation.request import Request
+from kontext.lora.merge import spread
+from kontext.options.base import flag_name, need
+from kontext.options.generate import Generate
+
+
+def run(options: Generate) -> None:
+    """Do what the options ask for."""
+    _check_mode(options)
+    if options.save_merged_model is not None:
+        _merge(options, options.save_merged_model)
+        return
+    writer = _writer(options)
+    kontext = Kontext(_files(options), _runtime(options), _loras(options))
+    if options.latent_path:
+        need(options, "vae", because="to decode latents (--latent-path)")
+        _decode(kontext, options.latent_path, writer)
+        return
+    _check_models(options)
+    base = _request(options)
+    if options.interactive:
+        _converse(kontext, base, writer)
+    elif options.from_file is not None:
+        requests = read_prompt_file(options.from_file, base)
+        _finish(run_batch(kontext, requests, writer), len(requests))
+    else:
+        for failure in run_batch(kontext, [base], writer):
+            raise failure.error
+
+
+def _check_mode(options: Generate) -> None:
+    """Raise UserError unless exactly one way to ask for something is used."""
+    sources = ("from_file", "interactive", "latent_path", "save_merged_model")
+    used = [flag_name(name) for name in sources if getattr(options, name)]
+    if len(used) > 1:
+        raise UserError(f"{' and '.join(used)} cannot be used together; give one of them.")
+    if not used:
+        need(options, "prompt", because="to make a picture (or --from-file, --interactive, --latent-path)")
+
+
+def _merge(options: Generate, out: Path) -> None:
+    """What `kontext merge` does, in place of making pictures."""
+    need(options, "dit", because="as the checkpoint to merge into")
+    merge_into_checkpoint(
+        options.dit,
+        options.lora_weight,
+        options.lora_multiplier,
+        out,
+        include_patterns=options.include_patterns,
+        exclude_patterns=options.exclude_patterns,
+        device=resolve_device(options.device),
+    )
+
+
+def _check_models(options: Generate) -> None:
+    """Raise UserError for a missing option or file now, not after minutes of work with the other models."""
+    names = ["dit", "text_encoder1", "text_encoder2"] + ["vae"] * (options.output_type != "latent")
+    need(options, *names, because="to make a picture")
+    for name in (*names, "tokenizer1", "tokenizer2"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: there is no such file or folder ({flag_name(name)}).")
+
+
+def _files(options: Generate) -> ModelFiles:
+    return ModelFiles(
+        dit=options.dit,
+        vae=options.vae,
+        text_encoder1=options.text_encoder1,
+        text_encoder2=options.text_encoder2,
+        tokenizer1=options.tokenizer1,
+        tokenizer2=options.tokenizer2,
+    )
+
+
+def _loras(options: Generate) -> Loras:
+    """Raises UserError when strengths and files do not go together."""
+    return Loras(
+        paths=tuple(options.lora_weight),
+        multipliers=tuple(spread(options.lora_multiplier, len(options.lora_weight))),
+        include_patterns=tuple(options.include_patterns),
+        exclude_patterns=tuple(options.exclude_patterns),
+    )
+
+
+def _runtime(options: Generate) -> Runtime:
+    return Runtime(
+        device=resolve_device(options.device),
+        dtype=resolve_dtype(options.dtype),
+        vae_dtype=resolve_dtype(options.vae_dtype),
+        quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
+        attention=options.attn_mode,
+        fp8_t5=options.fp8_t5,
+        t5_max_length=options.t5_max_length,
+        keep=options.interactive,
+    )
+
+
+def _request(options: Generate) -> Request:
+    """The options as a request; prompt lines change parts of it."""
+    height, width = options.image_size or (None, None)
+    return Request(
+        prompt=options.prompt or "",
+        references=tuple(options.control_image),
+        width=width,
+        height=height,
+        seed=options.seed,
+        steps=options.infer_steps,
+        guidance=options.embedded_cfg_scale,
+        flow_shift=options.flow_shift or None,
+        negative_prompt=options.negative_prompt,
+        true_cfg_scale=options.true_cfg_scale,
+        resize_references=not options.no_resize_control,
+    )
+
+
+def _writer(options: Generate) -> Writer:
+    """Where results go, with the settings that hold for the whole run. Raises UserError for a bad folder."""
+    common = {"software": f"kontext {__version__}"}
+    if options.dit is not None:
+        common["dit"] = options.dit.name
+    if options.lora_weight:
+        common["lora_weight"] = "\n".join(path.name for path in options.lora_weight)
+        common["lora_multiplier"] = " ".join(map(str, options.lora_multiplier))
+    writer = Writer(
+        options.save_path,
+        pictures=options.output_type != "latent",
+        latents=options.output_type != "images",
+        name=options.output_name,
+        metadata=not options.no_metadata,
+        common=common,
+    )
+    writer.prepare()
+    return writer
+
+
+def _decode(kontext: Kontext, paths: Sequence[Path], writer: Writer) -> None:
+    """Pictures from latent files, each named after its file and carrying its settings."""
+    for number, path in enumerate(paths, 1):
+        file = read_latent(path)
+        stem = writer.stem(number, len(paths), file.seed, path.stem)
+        writer.save_picture(stem, kontext.decode(file.latent), file.settings)
+
+
+def _converse(kontext: Kontext, base: Request, writer: Writer) -> None:
+    """Pictures from lines as they are typed in, until Ctrl-D. Ctrl-C stops a picture, not the program."""
+    say("Type a prompt, with options such as --w 1024 --h 768 --d 42 --ci photo.png. Ctrl-D ends.")
+    while (line := ask("> ")) is not None:
+        if not line.strip():
+            continue
+        try:
+            request = parse_line(line, base, "This line")
+        except UserError as mistake:
+            error(str(mistake))
+            continue
+        try:
+            for failure in run_batch(kontext, [request], writer):
+                error(str(failure.error))
+        except KeyboardInterrupt:
+            say("Stopped.")
+
+
+def _finish(failures: Sequence[Failure], count: int) -> None:
+    """A table of what failed, and the error that sets the exit code."""
+    if failures:
+        rows = [(f.number, f.prompt, str(f.error).splitlines()[0]) for f in failures]
+        table("Not made", ("item", "prompt", "why"), rows)
+        raise UserError(f"{len(failures)} of {count} pictures could not be made.")

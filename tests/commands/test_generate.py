@@ -1,0 +1,300 @@
+"""`kontext generate` as a user runs it: files, messages and exit codes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kontext.cli import main
+from kontext.generation.outputs import save_latent
+
+
+@pytest.fixture
+def models(tiny_files):
+    return {
+        "--dit": tiny_files.dit,
+        "--vae": tiny_files.vae,
+        "--text-encoder1": tiny_files.t5,
+        "--text-encoder2": tiny_files.clip,
+        "--tokenizer1": tiny_files.t5_tokenizer,
+        "--tokenizer2": tiny_files.clip_tokenizer,
+    }
+
+
+@pytest.fixture
+def generate(models, tmp_path, capsys):
+    """Run the command on the small models; `out` is the folder of results, None for an option leaves it out."""
+
+    def run(*more, out=tmp_path / "out", size=(64, 64), **changes):
+        options = models | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+        given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+        given += ["--device", "cpu", "--dtype", "float32", "--t5-max-length", "16", "--infer-steps", "2"]
+        given += ["--image-size", *map(str, size)] if size else []
+        code = main(["generate", *given, "--save-path", str(out), *map(str, more)])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    run.models = models
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def lora(tiny_files, tmp_path):
+    """A LoRA of rank 2 in kohya's names, and the transformer with it merged by hand, in float32."""
+    base = load_file(tiny_files.dit)
+    adapter, generator = {}, torch.Generator().manual_seed(0)
+    for name in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
+        rows, columns = base[f"{name}.weight"].shape
+        stem = "lora_unet_" + name.replace(".", "_")
+        adapter[f"{stem}.lora_down.weight"] = torch.randn(2, columns, generator=generator) / 8
+        adapter[f"{stem}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) / 4
+        adapter[f"{stem}.alpha"] = torch.tensor(1.0)
+        product = adapter[f"{stem}.lora_up.weight"] @ adapter[f"{stem}.lora_down.weight"]
+        base[f"{name}.weight"] += 0.5 * product  # alpha / rank
+    save_file(adapter, tmp_path / "lora.safetensors")
+    save_file(base, tmp_path / "merged.safetensors")
+    return tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+
+
+def latent(generate, folder, name, *more, **changes):
+    options = ("--prompt", "red", "--seed", 1, "--output-type", "latent", "--output-name", name)
+    code, said = generate(*options, *more, **changes)
+    assert code == 0, said
+    return load_file(folder / "out" / f"{name}.safetensors")["latent"]
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_picture_with_its_settings(generate, tmp_path):
+    code, said = generate("--prompt", "a red circle", "--seed", 7)
+    assert code == 0
+    (name,) = files(tmp_path / "out")
+    assert re.fullmatch(r"\d{8}-\d{6}-\d{3}_7\.png", name) and name in said
+    with Image.open(tmp_path / "out" / name) as picture:
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+        text = picture.text
+    assert text["prompt"] == "a red circle" and text["seeds"] == "7" and text["infer_steps"] == "2"
+    assert text["dit"] == "flux1-kontext-dev.safetensors" and text["software"].startswith("kontext ")
+
+
+def test_the_command_line_of_musubi(tiny_files, tmp_path, photo):
+    code = main(
+        f"generate --dit {tiny_files.dit} --vae {tiny_files.vae} --text_encoder1 {tiny_files.t5} "
+        f"--text_encoder2 {tiny_files.clip} --control_image_path {photo} --prompt red --image_size 64 80 "
+        f"--infer_steps 1 --attn_mode sdpa --fp8_scaled --save_path {tmp_path / 'out'} --output_type images "
+        "--seed 1234 --no_resize_control --dtype float32 --t5_max_length 16 --fp8_t5".split()
+    )
+    assert code == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name.endswith("_1234.png") and Image.open(path).size == (80, 64)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(generate, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        generate("--prompt", "red", "--seed", seed, "--output-name", name, "--no-metadata")
+    a, b, c = ((tmp_path / "out" / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+def test_a_seed_is_drawn_and_shown(generate, tmp_path):
+    _, said = generate("--prompt", "red")
+    (name,) = files(tmp_path / "out")
+    assert f"seed {name.rpartition('_')[2].removesuffix('.png')}" in said
+
+
+def test_latents_decode_to_the_same_picture_without_the_transformer(generate, tmp_path):
+    generate("--prompt", "red", "--seed", 3, "--output-type", "latent_images", "--output-name", "x")
+    out = tmp_path / "out"
+    assert files(out) == ["x.png", "x.safetensors"]
+    assert load_file(out / "x.safetensors")["latent"].shape == (16, 8, 8)
+    with safe_open(out / "x.safetensors", "pt") as file:
+        names = {"seeds", "prompt", "height", "width", "infer_steps", "embedded_cfg_scale"}
+        assert names <= set(file.metadata())
+    gone = {"dit": None, "text_encoder1": None, "text_encoder2": None, "tokenizer1": None, "tokenizer2": None}
+    code, _ = generate("--latent-path", out / "x.safetensors", "--output-name", "again", size=None, **gone)
+    assert code == 0
+    first, again = Image.open(out / "x.png"), Image.open(out / "again.png")
+    assert np.array_equal(np.asarray(first), np.asarray(again)) and first.text == again.text
+
+
+def test_several_latents_are_named_after_their_files(generate, tmp_path):
+    for name, seed in (("a", "5"), ("b", "../../b")):
+        save_latent(tmp_path / f"{name}.safetensors", torch.randn(1, 16, 8, 8), {"seeds": seed})
+    code, _ = generate("--latent-path", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert code == 0 and {name.split("_", 1)[1] for name in files(tmp_path / "out")} == {"5_a.png", "0_b.png"}
+
+
+def test_latent_only_needs_no_autoencoder(generate, tmp_path):
+    code, _ = generate("--prompt", "red", "--output-type", "latent", "--output-name", "x", vae=None)
+    assert code == 0 and files(tmp_path / "out") == ["x.safetensors"]
+
+
+def test_the_output_follows_the_cropped_reference(generate, tmp_path, photo):
+    code, said = generate(
+        "--prompt", "red", "--control-image", photo, "--no-resize-control", "--output-name", "x", size=None
+    )
+    assert code == 0 and Image.open(tmp_path / "out" / "x.png").size == (96, 64)
+    assert "photo.png: 100x70 cropped, 96x64" in said
+
+
+def test_references_change_the_picture_each_by_its_own(generate, tmp_path, photo):
+    other = tmp_path / "other.png"
+    Image.new("RGB", (64, 64), "green").save(other)
+    for name, references in (("none", ()), ("one", (photo,)), ("two", (photo, other))):
+        control = ("--control-image", *references, "--no-resize-control") if references else ()
+        code, _ = generate("--prompt", "red", "--seed", 1, "--output-name", name, "--no-metadata", *control)
+        assert code == 0
+    assert len({(tmp_path / "out" / f"{name}.png").read_bytes() for name in ("none", "one", "two")}) == 3
+
+
+def test_a_size_that_is_no_multiple_of_16_is_rounded_with_a_notice(generate, tmp_path):
+    code, said = generate("--prompt", "red", "--output-name", "x", size=(70, 100))
+    assert code == 0 and Image.open(tmp_path / "out" / "x.png").size == (96, 64)
+    assert "100x70 is rounded down to 96x64" in said
+
+
+def test_a_prompt_file_goes_on_past_a_failure_and_says_so(generate, tmp_path):
+    lines = "red --d 1\nblue --ci nowhere.png\n# no\ngreen --w 16\nblue --d 2 --h 80\n"
+    (tmp_path / "prompts.txt").write_text(lines)
+    code, said = generate("--from-file", tmp_path / "prompts.txt", "--output-name", "x")
+    assert code == 2 and files(tmp_path / "out") == ["x_001.png", "x_004.png"]
+    assert Image.open(tmp_path / "out" / "x_004.png").size == (64, 80)
+    assert "nowhere.png: no such file" in said and "16x64 pixels" in said and "2 of 4 pictures" in said
+
+
+def test_a_bad_line_is_refused_before_anything_is_loaded(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red\nblue --q 1\n")
+    code, said = generate("--from-file", tmp_path / "prompts.txt")
+    assert code == 2 and "prompts.txt, line 2: unknown option --q" in said and not files(tmp_path / "out")
+
+
+def test_interactive_goes_on_after_mistakes_and_ends_with_the_input(generate, tmp_path, monkeypatch):
+    lines = iter(["red --d 1", "", "x --q", "y --w 8", "red --d 1"])
+
+    def typed(*_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    code, said = generate("--interactive", "--output-name", "x", "--no-metadata")
+    assert code == 0 and files(tmp_path / "out") == ["x.png", "x_2.png"]
+    assert (tmp_path / "out" / "x.png").read_bytes() == (tmp_path / "out" / "x_2.png").read_bytes()
+    assert "This line: unknown option --q" in said and "8x64 pixels" in said
+
+
+def test_a_lora_acts_like_the_merged_model(generate, tmp_path, lora):
+    file, merged = lora
+    plain = latent(generate, tmp_path, "plain")
+    expected = latent(generate, tmp_path, "merged", dit=merged)
+    found = latent(generate, tmp_path, "lora", "--lora-weight", file)
+    assert (found - expected).abs().max() < 1e-5 < 1e-2 < (plain - expected).abs().max()
+    nothing = latent(generate, tmp_path, "nothing", "--lora-weight", file, "--lora-multiplier", 0)
+    assert (nothing - plain).abs().max() < 1e-5
+    twice = latent(generate, tmp_path, "twice", "--lora-weight", file, file, "--lora-multiplier", 0.25, 0.75)
+    assert (twice - expected).abs().max() < 1e-5
+
+
+def test_strengths_in_prompt_lines(generate, tmp_path, lora):
+    plain = latent(generate, tmp_path, "plain")
+    full = latent(generate, tmp_path, "full", "--lora-weight", lora[0])
+    (tmp_path / "p.txt").write_text("red --m 0\nred --m 1\nred\nred --m 1 2\n")
+    options = ("--seed", 1, "--output-type", "latent", "--output-name", "x", "--lora-weight", lora[0])
+    code, said = generate("--from-file", tmp_path / "p.txt", *options)
+    assert code == 2 and "2 LoRA strengths are given, but there are 1 LoRA files" in said
+    found = [load_file(tmp_path / "out" / f"x_00{i}.safetensors")["latent"] for i in (1, 2, 3)]
+    for one, expected in zip(found, (plain, full, full), strict=True):
+        assert (one - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("flag", ["--fp8", "--fp8-scaled"])
+def test_a_lora_survives_quantisation(generate, tmp_path, lora, flag):
+    """The LoRA's effect on the quantised model is its effect on the whole one, not lost to rounding."""
+    small = ("--lora-weight", lora[0], "--lora-multiplier", 0.02)
+    effect = latent(generate, tmp_path, "a", *small) - latent(generate, tmp_path, "b")
+    quantised = latent(generate, tmp_path, "c", *small, flag) - latent(generate, tmp_path, "d", flag)
+    assert (quantised - effect).norm() < 0.3 * effect.norm()
+
+
+def test_save_merged_model_is_merge_and_makes_no_picture(generate, tmp_path, lora):
+    file, merged = lora
+    code, _ = generate("--lora-weight", file, "--save-merged-model", tmp_path / "out.safetensors", "--prompt", "x")
+    assert code == 0 and not (tmp_path / "out").exists()
+    found, expected = load_file(tmp_path / "out.safetensors"), load_file(merged)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    code = main(
+        f"merge --dit {generate.models['--dit']} --lora-weight {file} --output {tmp_path / 'cmd.safetensors'}".split()
+    )
+    assert code == 0
+    assert (tmp_path / "cmd.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+
+
+def test_save_merged_model_without_a_lora(generate, tmp_path):
+    code, said = generate("--save-merged-model", tmp_path / "out.safetensors")
+    assert code == 2 and "--lora-weight" in said
+
+
+def test_nan_latents_stop_the_run(generate, tmp_path, tiny_files):
+    weights = load_file(tiny_files.dit)
+    weights["final_layer.linear.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    code, said = generate("--prompt", "red", dit=tmp_path / "nan.safetensors")
+    assert code == 2 and "Step 1: the latents became NaN" in said and not files(tmp_path / "out")
+
+
+BAD = {
+    "no prompt": ([], {}, "--prompt must be given to make a picture"),
+    "two modes": (["--from-file", "a", "--interactive"], {}, "--from-file and --interactive cannot be used"),
+    "no encoder": (["--prompt", "x"], {"text_encoder1": None}, "--text-encoder1 must be given"),
+    "no autoencoder": (["--prompt", "x"], {"vae": None}, "--vae must be given"),
+    "missing model": (["--prompt", "x"], {"dit": "no.safetensors"}, "no.safetensors: there is no such file"),
+    "missing tokenizer": (["--prompt", "x"], {"tokenizer1": "no"}, "no: there is no such file or folder"),
+    "small": (["--prompt", "x"], {"size": (32, 64)}, "64x32 pixels; both sides need at least 64"),
+    "missing reference": (["--prompt", "x", "--control-image", "no.png"], {}, "no.png: no such file"),
+    "missing latent": (["--latent-path", "no.safetensors"], {}, "no.safetensors: not a readable latent file"),
+    "missing prompts": (["--from-file", "no.txt"], {}, "no.txt: the prompt file cannot be read"),
+    "steps": (["--prompt", "x", "--infer-steps", "0"], {}, "--infer-steps"),
+    "name": (["--prompt", "x", "--output-name", "a/b"], {}, "--output-name"),
+    "strengths": (
+        ["--prompt", "x", "--lora-weight", "a", "--lora-multiplier", "1", "2"],
+        {},
+        "2 multipliers",
+    ),
+}
+
+
+@pytest.mark.parametrize("more, changes, message", BAD.values(), ids=BAD)
+def test_bad_input(generate, more, changes, message):
+    code, said = generate(*more, **changes)
+    assert code == 2 and message in said and "Traceback" not in said
+
+
+def test_wrong_models_are_named(generate, tiny_files):
+    code, said = generate("--prompt", "x", dit=tiny_files.vae)
+    assert code == 2 and "is an autoencoder" in said and "--dit expects" in said
+
+
+def test_a_broken_reference_is_named(generate, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    code, said = generate("--prompt", "x", "--control-image", tmp_path / "bad.png")
+    assert code == 2 and "bad.png" in said
+
+
+def test_an_unwritable_folder_is_found_at_once(generate, tmp_path):
+    (tmp_path / "file").touch()
+    code, said = generate("--prompt", "x", out=tmp_path / "file")
+    assert code == 2 and "output folder cannot be written" in said
