@@ -1,7 +1,7 @@
 """When a run saves what, and what it deletes again."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,16 +68,20 @@ class Saver:
         return bool(self.rules.every_steps) and (step + 1) % self.rules.every_steps == 0
 
     def __call__(self, outcome: Outcome) -> None:
-        step, done, epoch = outcome.step, outcome.step + 1, self.plan.epoch(outcome.step) + 1
-        if self._step_due(step):
+        done, epoch = outcome.step + 1, self.plan.epoch(outcome.step) + 1
+        by_step, by_epoch = self._step_due(outcome.step), self._epoch_due(outcome.step)
+        if by_step:
             self.write_adapter(self.names.at_step(done), done)
-        if self._epoch_due(step):
+        if by_epoch:
             self.write_adapter(self.names.at_epoch(epoch), done)
-        if self.rules.with_state and self.due(step):
-            by_epoch = self._epoch_due(step)
+        if self.rules.with_state and (by_step or by_epoch):
             self.save_state(self.names.at_epoch(epoch, STATE) if by_epoch else self.names.at_step(done, STATE), done)
-        self._forget(ADAPTER, self.rules.adapters, done, epoch)
-        self._forget(STATE, self.rules.states, done, epoch)
+        for ending, keep in ((ADAPTER, self.rules.adapters), (STATE, self.rules.states)):
+            if by_step and keep.steps:
+                _delete_below(self.names.steps(ending), done - keep.steps)
+            if by_epoch and keep.epochs:
+                assert self.rules.every_epochs is not None
+                _delete_below(self.names.epochs(ending), epoch - keep.epochs * self.rules.every_epochs + 1)
 
     def save_state(self, folder: Path, done: int) -> None:
         """Writes a state; from then on it is the one to go back to."""
@@ -96,13 +100,9 @@ class Saver:
         if self.rules.state_at_end or self.rules.with_state:
             self.save_state(self.names.final(STATE), self.plan.steps)
 
-    def _forget(self, ending: str, keep: Keep, done: int, epoch: int) -> None:
-        """Deletes what is older than the rules keep. What has just been saved always stays."""
-        old: list[Path] = []
-        if keep.epochs and self.rules.every_epochs:
-            oldest = epoch - keep.epochs * self.rules.every_epochs
-            old += [path for number, path in self.names.epochs(ending).items() if number <= oldest]
-        if keep.steps:
-            old += [path for number, path in self.names.steps(ending).items() if number < done - keep.steps]
-        for path in old:
+
+def _delete_below(numbered: Mapping[int, Path], oldest: int) -> None:
+    """Deletes the files and folders with a number below `oldest`."""
+    for number, path in numbered.items():
+        if number < oldest:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
