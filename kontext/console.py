@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 from rich.measure import Measurement
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -156,15 +156,19 @@ def progress(title: str, total: int, *, unit: str = "it", done: int = 0) -> Iter
 def _live_columns(console: Console) -> "RichProgress":
     from rich import progress as columns  # only commands that run need it
 
+    note = Column(
+        ratio=1, no_wrap=True, overflow="ellipsis"
+    )  # what does not fit is cut here and nowhere else
     return columns.Progress(
         columns.SpinnerColumn(finished_text="[green]✓"),
         columns.TextColumn("{task.description}", markup=False),
-        columns.BarColumn(bar_width=24),
+        columns.BarColumn(bar_width=24 if console.width >= 120 else 8),
         columns.MofNCompleteColumn(),
         columns.TextColumn("{task.fields[speed]}", style="cyan", markup=False),
         columns.TimeRemainingColumn(),
-        columns.TextColumn("{task.fields[note]}", markup=False),
+        columns.TextColumn("{task.fields[note]}", markup=False, table_column=note),
         console=console,
+        expand=True,
     )
 
 

@@ -24,6 +24,15 @@ def _device_name(value: str) -> str:
 
 
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(long_precision)]
+
+
+def _short_attention(value: Any) -> Any:
+    return "sage" if value == "sageattn" else value
+
+
+Attention = Annotated[
+    Literal["sdpa", "torch", "flash", "flash3", "sage", "xformers"], BeforeValidator(_short_attention)
+]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
@@ -60,7 +69,7 @@ class Dit(Options):
         "Keep the weights of the transformer in 8 bits with one scale per tensor: closer to the original than --fp8.",
         default=False,
     )
-    attn_mode: Literal["sdpa", "torch", "flash", "flash3", "sage", "xformers"] = option(
+    attn_mode: Attention = option(
         "Attention kernel: sdpa (also called torch) is PyTorch's own; the others need their package "
         "(flash-attn, flash-attn 3, sageattention, xformers) and a GPU.",
         default="sdpa",

@@ -77,7 +77,7 @@ def specs(model: type[Options]) -> tuple[Spec, ...]:
         if name in model.model_fields:
             origin[name] = (index, group)  # a redeclared option stays with the group it comes from
     return tuple(
-        _spec(name, model.model_fields[name], _title(group))
+        _spec(name, model.model_fields[name], "Main options" if group is model else _title(group))
         for name, (_, group) in sorted(origin.items(), key=lambda item: item[1][0])
     )
 

@@ -87,7 +87,7 @@ def test_what_is_printed_reads_back_equal(toml: Path) -> None:
 def test_only_options_with_a_value_are_printed() -> None:
     printed = render(Everything(dit=Path("d"), vae=Path("v")))
     assert "prompt" not in printed and "config" not in printed and "debug" not in printed
-    assert printed.startswith("# Do everything\nlora-weight = []\n")
+    assert printed.startswith("# Main options\nlora-weight = []\n")
     assert tomllib.loads(printed)["rate"] == 1e-4
 
 

@@ -12,7 +12,7 @@ SPECS = {spec.name: spec for spec in specs(Everything)}
 
 def test_own_options_come_first_and_redeclared_ones_stay_in_their_group() -> None:
     panels = list(dict.fromkeys(spec.panel for spec in specs(Everything)))
-    assert panels == ["Do everything", "Files", "General"]
+    assert panels == ["Main options", "Files", "General"]
     assert SPECS["vae"].panel == "Files"
     assert [spec.name for spec in specs(Everything)][:2] == ["prompt", "image_size"]
 
