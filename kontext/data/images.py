@@ -164,7 +164,9 @@ def as_rgb(image: Image.Image) -> Picture:
         image = _eight_bits(image)
         notes.append("16 bits scaled to 8")
     if image.mode == "F":
-        raise UserError("Its pixels are floating point numbers without a defined range; save it with 8 or 16 bits.")
+        raise UserError(
+            "Its pixels are floating point numbers without a defined range; save it with 8 or 16 bits."
+        )
     if image.has_transparency_data:
         image = _on_white(image)
         notes.append("transparency laid on white")

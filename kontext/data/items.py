@@ -64,12 +64,12 @@ def list_items(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     """
     before = len(skips.rows)
     items = _from_folder(dataset, skips) if dataset.image_directory else _from_jsonl(dataset, skips)
+    left_out = skips.rows[before:]
+    if not items and left_out:
+        first = f"{left_out[0].name}: {left_out[0].reason}"
+        raise UserError(f"{dataset.source}: all {len(left_out)} pictures were skipped, first {first}.")
     if not items:
-        left_out = len(skips.rows) - before
-        reason = f"all {left_out} pictures were skipped, the first one because: {skips.rows[before].reason}"
-        raise UserError(
-            f"{dataset.source}: no items: {reason if left_out else 'there are no pictures in it'}."
-        )
+        raise UserError(f"{dataset.source}: there are no pictures in it.")
     return items
 
 

@@ -1,7 +1,9 @@
+import ast
 import io
 import struct
 import warnings
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +169,8 @@ def test_cover_keeps_the_ratio_and_the_centre() -> None:
 
 
 def test_cover_fills_every_size() -> None:
-    for width, height in [(1, 1), (17, 1000), (999, 31), (333, 333)]:
-        for size in [(16, 16), (64, 48), (1024, 16)]:
+    for width, height in [(1, 1), (17, 300), (299, 31), (133, 133)]:
+        for size in [(16, 16), (64, 48), (256, 16)]:
             assert images.cover(scene(width, height), size).size == size
 
 
@@ -185,9 +187,14 @@ def test_crop_to_multiple_cuts_right_and_below() -> None:
 
 
 def test_preferred_sizes_are_those_of_diffusers() -> None:
-    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-
-    assert sorted(images.PREFERRED_RESOLUTIONS) == sorted(map(tuple, PREFERRED_KONTEXT_RESOLUTIONS))
+    package = find_spec("diffusers")  # importing it takes seconds
+    assert package is not None and package.origin is not None
+    source = Path(package.origin).parent / "pipelines" / "flux" / "pipeline_flux_kontext.py"
+    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and "PREFERRED" in ast.unparse(statement.targets[0]):
+            assert sorted(ast.literal_eval(statement.value)) == sorted(images.PREFERRED_RESOLUTIONS)
+            return
+    pytest.fail("diffusers keeps the sizes elsewhere now")
 
 
 @pytest.mark.parametrize(
