@@ -131,7 +131,8 @@ def write_text(path: Path, text: Text, *, caption: str, record: Record, source: 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, str], record: Record) -> None:
     metadata = {"architecture": ARCHITECTURE, "format_version": FORMAT_VERSION, **extra}
-    save_tensors(path, tensors, {**metadata, RECORD: json.dumps(asdict(record))})
+    own = {name: tensor.clone() for name, tensor in tensors.items()}  # a picture may be its own reference
+    save_tensors(path, own, {**metadata, RECORD: json.dumps(asdict(record))})
 
 
 def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
