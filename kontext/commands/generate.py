@@ -8,7 +8,7 @@ from kontext.commands.merge import merge_into_checkpoint
 from kontext.console import ask, error, say, table
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
-from kontext.generation.batch import Failure, run_batch
+from kontext.generation.batch import run_batch
 from kontext.generation.outputs import Writer, read_latent
 from kontext.generation.parts import Loras, ModelFiles, Runtime
 from kontext.generation.pipeline import Kontext
@@ -25,22 +25,20 @@ def run(options: Generate) -> None:
     if options.save_merged_model is not None:
         _merge(options, options.save_merged_model)
         return
+    base = _request(options)
+    requests = read_prompt_file(options.from_file, base) if options.from_file else [base]
+    changing = options.interactive or any(request.multipliers is not None for request in requests)
     writer = _writer(options)
-    kontext = Kontext(_files(options), _runtime(options), _loras(options))
+    kontext = Kontext(_files(options), _runtime(options), _loras(options, attach=changing))
     if options.latent_path:
         need(options, "vae", because="to decode latents (--latent-path)")
         _decode(kontext, options.latent_path, writer)
         return
     _check_models(options)
-    base = _request(options)
     if options.interactive:
         _converse(kontext, base, writer)
-    elif options.from_file is not None:
-        requests = read_prompt_file(options.from_file, base)
-        _finish(run_batch(kontext, requests, writer), len(requests))
     else:
-        for failure in run_batch(kontext, [base], writer):
-            raise failure.error
+        _make(kontext, requests, writer)
 
 
 def _check_mode(options: Generate) -> None:
@@ -88,13 +86,14 @@ def _files(options: Generate) -> ModelFiles:
     )
 
 
-def _loras(options: Generate) -> Loras:
-    """Raises UserError when strengths and files do not go together."""
+def _loras(options: Generate, *, attach: bool) -> Loras:
+    """attach: strengths will change between pictures. Raises UserError when strengths and files do not go together."""
     return Loras(
         paths=tuple(options.lora_weight),
         multipliers=tuple(spread(options.lora_multiplier, len(options.lora_weight))),
         include_patterns=tuple(options.include_patterns),
         exclude_patterns=tuple(options.exclude_patterns),
+        attach=attach,
     )
 
 
@@ -175,9 +174,12 @@ def _converse(kontext: Kontext, base: Request, writer: Writer) -> None:
             say("Stopped.")
 
 
-def _finish(failures: Sequence[Failure], count: int) -> None:
-    """A table of what failed, and the error that sets the exit code."""
+def _make(kontext: Kontext, requests: Sequence[Request], writer: Writer) -> None:
+    """All pictures; then, if some failed, a table that says why, and the error that sets the exit code."""
+    failures = run_batch(kontext, requests, writer)
+    if failures and len(requests) == 1:
+        raise failures[0].error
     if failures:
         rows = [(f.number, f.prompt, str(f.error).splitlines()[0]) for f in failures]
         table("Not made", ("item", "prompt", "why"), rows)
-        raise UserError(f"{len(failures)} of {count} pictures could not be made.")
+        raise UserError(f"{len(failures)} of {len(requests)} pictures could not be made.")

@@ -20,6 +20,7 @@ from kontext.checkpoints import (
     transformer_config,
 )
 from kontext.errors import UserError
+from kontext.lora.branches import Attached, attach_adapters
 from kontext.lora.merge import merging
 from kontext.lora.report import read_adapters
 from kontext.model.autoencoder import Autoencoder
@@ -56,12 +57,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Loras:
-    """LoRA files, one multiplier for each, and regexes that choose modules by name."""
+    """LoRA files, one multiplier for each, and regexes that choose modules by name.
+
+    `attach` keeps them beside the weights instead of merging: slower by some percent, but multipliers can change
+    between pictures without loading the transformer again.
+    """
 
     paths: tuple[Path, ...] = ()
     multipliers: tuple[float, ...] = ()
     include_patterns: tuple[str, ...] = ()
     exclude_patterns: tuple[str, ...] = ()
+    attach: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,25 +120,24 @@ def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
 
 def open_transformer(
     files: ModelFiles, runtime: Runtime, loras: Loras, strengths: Sequence[float]
-) -> Transformer:
-    """Load the transformer with the LoRAs applied, each at its strength.
+) -> tuple[Transformer, Attached | None]:
+    """Load the transformer with the LoRAs, each at its strength: merged in, or attached beside the weights.
 
-    Raises UserError when no file was given for it, and for LoRAs that do not fit.
+    Weights in 8 bits always get them attached: rounding after a merge would bury most of what a LoRA adds.
+
+    Raises UserError when no file was given for the transformer, and for LoRAs that do not fit.
     """
     path = _given(files.dit, "dit")
-    edit = None
-    if loras.paths:
-        edit = merging(
-            read_adapters(loras.paths, transformer_config(open_source(path, "transformer"))),
-            strengths,
-            include_patterns=loras.include_patterns,
-            exclude_patterns=loras.exclude_patterns,
-        )
+    source = open_source(path, "transformer")
+    adapters = read_adapters(loras.paths, transformer_config(source))
+    patterns = {"include_patterns": loras.include_patterns, "exclude_patterns": loras.exclude_patterns}
+    attach = bool(adapters) and (loras.attach or runtime.quantization is not None)
+    edit = merging(adapters, strengths, **patterns) if adapters and not attach else None
     model = load_transformer(
         path, device=runtime.device, dtype=runtime.dtype, quantization=runtime.quantization, edit=edit
     )
     use_attention(model, attention_backend(runtime.attention))
-    return model
+    return model, attach_adapters(model, adapters, strengths, **patterns) if attach else None
 
 
 def _given(path: Path | None, name: str) -> Path:

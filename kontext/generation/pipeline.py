@@ -29,6 +29,7 @@ from kontext.generation.parts import (
 )
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
+from kontext.lora.branches import Attached
 from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
@@ -82,9 +83,10 @@ class Kontext:
         self.runtime = runtime
         self.loras = loras or Loras()
         self._strengths = self.loras.multipliers
+        self._attached: Attached | None = None
         self.autoencoder = Part(lambda: open_autoencoder(files, runtime))
         self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
-        self.transformer = Part(lambda: open_transformer(files, runtime, self.loras, self._strengths))
+        self.transformer = Part(lambda: self._load_transformer(files))
         self._texts: dict[str, Text] = {}
 
     @classmethod
@@ -181,12 +183,19 @@ class Kontext:
         return self.loras.multipliers if request.multipliers is None else request.multipliers
 
     def transformer_for(self, request: Request) -> Transformer:
-        """The transformer with the LoRAs at the request's strengths; loaded again when these have changed."""
+        """The transformer with the LoRAs at the request's strengths; merged ones that change are loaded anew."""
         strengths = self._strengths_for(request)
         if strengths != self._strengths:
-            self.transformer.free()
             self._strengths = strengths
+            if self._attached is None:
+                self.transformer.free()
+            else:
+                self._attached.set_strengths(strengths)
         return self.transformer()
+
+    def _load_transformer(self, files: ModelFiles) -> Transformer:
+        model, self._attached = open_transformer(files, self.runtime, self.loras, self._strengths)
+        return model
 
     @torch.no_grad()
     def denoise(self, conditioned: Conditioned, on_step: OnStep | None = None) -> Tensor:
