@@ -75,7 +75,7 @@ def read_adapter(path: Path | str, config: TransformerConfig) -> AdapterFile:
     stems, unknown = _group(key for key in keys if not is_text_encoder(key))
     _refuse(path, keys, source)
     places = Places(config)
-    matched = _match(stems, places)
+    matched = _match(path, stems, places)
     _refuse_control(path, source, stems, matched, config)
 
     deltas = defaultdict(list)
@@ -182,12 +182,18 @@ def _group(keys: Iterator[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     return {stem: parts for stem, parts in stems.items() if parts}, unknown
 
 
-def _match(stems: Stems, places: Places) -> dict[str, Place]:
-    """{stem: place}. Some files hold the same adapter twice, under two families' names: the first counts."""
+def _match(path: Path, stems: Stems, places: Places) -> dict[str, Place]:
+    """{stem: place}. Some files hold the same adapter twice, under two families' names: the first counts.
+
+    Raises UserError for a block that the model does not have: HunyuanVideo has more blocks of the same names.
+    """
     matched: dict[str, Place] = {}
     taken: set[Place] = set()
     for stem in stems:
         place = places.find(stem)
+        missing = None if place else places.missing_block(stem)
+        if missing:
+            raise UserError(f"{path} is for another model, with more blocks: {missing}.")
         if place and place not in taken:
             matched[stem] = place
             taken.add(place)

@@ -75,6 +75,8 @@ _FAMILIES = tuple(
     )
 )
 
+_BLOCK = re.compile(r"(single_)?(?:double_|transformer_|(?<=single_))blocks_(\d+)_")
+
 _TEXT_ENCODER = re.compile(
     r"(base_model\.model\.)?(lora_te\d?_|lycoris_te|lycoris_text|text_encoder|te\d\.|text_model|bundle_emb)"
 )
@@ -154,6 +156,7 @@ class Places:
         with torch.device("meta"):
             self.shapes = {k: tuple(v.shape) for k, v in Transformer(config).state_dict().items()}
         self.width = config.width
+        self._blocks = {True: config.single_blocks, False: config.double_blocks}
         self._table: dict[str, Place] = {}
         for tensor, shape in self.shapes.items():
             module, _, kind = tensor.rpartition(".")
@@ -171,6 +174,14 @@ class Places:
                 return None
             name = name.removeprefix(prefix)
         return self._table[name]
+
+    def missing_block(self, stem: str) -> str | None:
+        """A note on a block that the stem names and the model lacks: such a file is for another model."""
+        match = _BLOCK.search(normal(stem))
+        count = self._blocks[bool(match and match[1])]
+        if match is None or int(match[2]) < count:
+            return None
+        return f"block {match[2]} in {stem}, where this model has {count}"
 
     def tensor(self, place: Place, kind: str) -> str | None:
         """Name of the place's weight (a norm's is called scale) or bias; None if the model has none."""

@@ -1,6 +1,7 @@
 """What other programs make of an adapter file: the weights of a small FLUX transformer after it."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def bfl_weights(model: Any) -> dict[str, Tensor]:
 
 
 def base_weights() -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in _base_weights().items()}
+
+
+@cache
+def _base_weights() -> dict[str, Tensor]:
     return bfl_weights(diffusers_model())
 
 
