@@ -1,0 +1,115 @@
+"""Makes the small Kontext in examples/small_world/models: tokenizers, autoencoder, transformer, text encoders.
+
+Run from the repository's root: `python examples/make_base.py`. It needs no data: every picture is drawn. It
+continues from its checkpoints in --work, and uses a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from small_world import autoencoder as stage_a
+from small_world import base as stage_b
+from small_world import scenes
+from small_world.files import write_models
+from small_world.measure import Score, follow, score
+from small_world.pictures import to_bytes, to_image
+from small_world.sheet import sheet
+from small_world.tokenizers import write_clip_tokenizer, write_t5_tokenizer
+
+from kontext.console import say, table
+
+HERE = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=HERE / "small_world" / "models")
+    parser.add_argument("--work", type=Path, default=HERE / "out" / "base", help="checkpoints and the sheet")
+    parser.add_argument("--autoencoder-steps", type=int, default=4000)
+    parser.add_argument("--autoencoder-pictures", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=5000, help="of the transformer and the text encoders")
+    parser.add_argument("--edits", type=int, default=8000, help="encoded before stage B")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def make_autoencoder(options: argparse.Namespace) -> stage_a.Autoencoder:
+    """Stage A, finished: standardised and frozen."""
+    pool = stage_a.pictures(0, options.autoencoder_pictures)
+    model = stage_a.train(
+        pool,
+        steps=options.autoencoder_steps,
+        device=torch.device(options.device),
+        checkpoint=options.work / "autoencoder.pt",
+        say=say,
+    )
+    stage_a.standardise(model, pool[:1024])
+    error = stage_a.measure(model, stage_a.pictures(scenes.HELD_OUT, 300))
+    say(f"autoencoder: mean error {error:.2f} of 255 on held-out pictures")
+    return model
+
+
+def make_world(
+    options: argparse.Namespace,
+    autoencoder: stage_a.Autoencoder,
+    words: stage_b.Words,
+    sizes: tuple[int, int],
+) -> stage_b.SmallWorld:
+    """Stage B."""
+    return stage_b.train(
+        stage_b.make_pool(autoencoder, words, options.edits),
+        sizes,
+        steps=options.steps,
+        device=torch.device(options.device),
+        checkpoint=options.work / "world.pt",
+        say=say,
+    )
+
+
+def report(scores: list[Score]) -> None:
+    rows = [(s.kind, f"{s.nothing:.1f}", f"{s.autoencoder:.1f}", f"{s.model:.1f}") for s in scores]
+    table("edit error of 255, held-out scenes", ("edit", "doing nothing", "autoencoder", "model"), rows)
+
+
+def picture_sheet(
+    world: stage_b.SmallWorld, autoencoder: stage_a.Autoencoder, words: stage_b.Words, path: Path
+) -> None:
+    """Two held-out scenes of each kind: reference, model, truth."""
+    seeds = (scenes.HELD_OUT, scenes.HELD_OUT + 1)
+    edits = [scenes.edit(seed, (kind,)) for kind in scenes.EDITS for seed in seeds]
+    references = [scenes.draw(edit.reference) for edit in edits]
+    pixels = torch.stack([to_bytes(picture) for picture in references])
+    results = follow(world, autoencoder, words, pixels, [edit.instruction for edit in edits])
+    cells = [
+        [r, to_image(p), scenes.draw(e.target)] for r, p, e in zip(references, results, edits, strict=True)
+    ]
+    rows = [cells[i] + cells[i + 1] for i in range(0, len(cells), 2)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet(["reference", "edited", "truth"] * 2, rows).save(path)
+
+
+def main() -> None:
+    options = arguments()
+    options.work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    sizes = (
+        write_t5_tokenizer(options.output / "tokenizer_t5"),
+        write_clip_tokenizer(options.output / "tokenizer_clip"),
+    )
+    words = stage_b.Words(options.output)
+    autoencoder = make_autoencoder(options)
+    world = make_world(options, autoencoder, words, sizes)
+    write_models(options.output, autoencoder, world)
+    report([score(kind, world, autoencoder, words) for kind in scenes.EDITS])
+    picture_sheet(world, autoencoder, words, options.work / "base.png")
+    say(f"written to {options.output} after {(time.monotonic() - started) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
