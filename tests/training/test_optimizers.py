@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import nn
+
+from kontext.errors import UserError
+from kontext.training.arguments import parse_arguments
+from kontext.training.network import groups_of, network_of
+from kontext.training.optimizers import class_of, evaluation_weights, make_optimizer
+
+
+def groups() -> list[dict]:
+    return [{"params": [nn.Parameter(torch.ones(3))], "lr": 0.1}]
+
+
+def test_arguments_are_values() -> None:
+    words = ["betas=0.9,0.95", "weight_decay=1e-2", "fused=None", "decouple=True", "include=(?=a).*=b", "names=['x']"]
+    assert parse_arguments(words, "--x") == {
+        "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": None, "decouple": True, "include": "(?=a).*=b",
+        "names": ["x"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["a"], ["=1"], ["a=1", "a=2"]])
+def test_bad_arguments(words: list[str]) -> None:
+    with pytest.raises(UserError, match="--optimizer-args"):
+        parse_arguments(words, "--optimizer-args")
+
+
+def test_arguments_reach_the_optimizer() -> None:
+    optimizer = make_optimizer("AdamW", groups(), arguments={"weight_decay": 0.5, "betas": (0.5, 0.6)})
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_names() -> None:
+    import bitsandbytes
+
+    assert class_of("AdamW8bit")[0] is bitsandbytes.optim.AdamW8bit
+    assert class_of("paged_adamw_8bit")[0] is bitsandbytes.optim.PagedAdamW8bit
+    assert class_of("torch.optim.RMSprop")[0] is torch.optim.RMSprop
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adamx", "not known. Use one of adamw"),
+        ("torch.optim.Nothing", "cannot be imported"),
+        ("no_such_package.Thing", "cannot be imported"),
+        ("torch.nn.Linear", "not a torch optimizer"),
+        ("prodigy", "pip install prodigyopt"),
+    ],
+)
+def test_unknown_names_are_refused(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        class_of(name)
+
+
+def test_unknown_arguments_are_refused_with_those_known() -> None:
+    with pytest.raises(UserError, match="weight_decay"):
+        make_optimizer("adamw", groups(), arguments={"weight_decoy": 1})
+
+
+class TwoFaced(torch.optim.SGD):
+    """As schedule-free optimizers do: other weights for use than for training, by inexact arithmetic."""
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(1 / 3)
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(3)
+
+
+def test_weights_for_use_come_and_go_without_a_trace() -> None:
+    parameter = nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)))
+    optimizer = TwoFaced([parameter], lr=0.1)
+    before = parameter.detach().clone()
+    with evaluation_weights(optimizer, [parameter]):
+        assert torch.equal(parameter, before * 3)
+    assert torch.equal(parameter, before)
+    assert not torch.equal(before * 3 * (1 / 3), before)  # or the test would prove nothing
+
+
+def test_lora_plus_gives_the_second_factor_its_own_rate() -> None:
+    network = network_of(4, None, 0.0, {"loraplus_lr_ratio": 16, "exclude_patterns": ".*mlp.*"})
+    assert (network.alpha, network.plus_ratio, network.exclude_patterns) == (4, 16.0, (".*mlp.*",))
+    parameters = {"a.lora_down.weight": nn.Parameter(torch.zeros(1)), "a.lora_up.weight": nn.Parameter(torch.ones(1))}
+    down, up = groups_of(parameters, rate=1e-3, plus_ratio=16)
+    assert (down["lr"], up["lr"]) == (1e-3, 16e-3)
+    assert up["params"] == [parameters["a.lora_up.weight"]]
+
+
+@pytest.mark.parametrize("arguments", [{"conv_dim": 4}, {"rank_dropout": 2}, {"include_patterns": 3}])
+def test_bad_network_arguments(arguments: dict) -> None:
+    with pytest.raises(UserError, match="--network-args"):
+        network_of(4, None, 0.0, arguments)
