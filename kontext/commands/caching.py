@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kontext import console
-from kontext.data.cache import Kind, delete_stale, read_header
+from kontext.data.cache import Kind, delete_stale
 from kontext.data.items import Skips
-from kontext.data.plan import Block, Entry, identity, problems
+from kontext.data.plan import Block, Entry, Status, check_caches, identity
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ def find_work(blocks: Sequence[Block], kind: Kind, *, encoder: str, skip_existin
     if not skip_existing:
         console.say(f"{len(entries)} items to encode.")
         return Work(kind, blocks, entries)
-    reasons = problems(entries, kind, encoder=encoder)
-    todo = [entry for entry, reason in zip(entries, reasons, strict=True) if reason]
-    counts = Counter(filter(None, reasons)).most_common()
+    statuses = check_caches(entries, kind, encoder=encoder)
+    todo = [entry for entry, status in zip(entries, statuses, strict=True) if status.problem]
+    counts = Counter(status.problem for status in statuses if status.problem).most_common()
     what = ", ".join(f"{count} {reason}" for reason, count in counts)
     console.say(f"{len(todo)} of {len(entries)} items to encode{f' ({what})' if what else ''}.")
-    _tell_foreign([entry for entry, reason in zip(entries, reasons, strict=True) if not reason], kind)
+    _tell_foreign(statuses)
     return Work(kind, blocks, todo)
 
 
-def _tell_foreign(entries: Sequence[Entry], kind: Kind) -> None:
-    headers = [read_header(entry.latents if kind == "latents" else entry.text) for entry in entries]
-    foreign = sum(header is not None and header.record is None for header in headers)
+def _tell_foreign(statuses: Sequence[Status]) -> None:
+    ready = [status.header for status in statuses if status.header and not status.problem]
+    foreign = sum(header.record is None for header in ready)
     if foreign:
         console.notice(
             f"{foreign} cache files were written by another program. They fit the pictures and captions and are "
@@ -49,8 +49,7 @@ def _tell_foreign(entries: Sequence[Entry], kind: Kind) -> None:
 
 def finish(work: Work, written: Sequence[Entry], skips: Skips, *, keep_cache: bool) -> None:
     """Delete the cache files of items that are gone, and show what was done."""
-    done = {entry: 0 for entry in written}
-    todo = set(work.todo)
+    done, todo = set(written), set(work.todo)
     rows = []
     for block in work.blocks:
         deleted = 0 if keep_cache else _delete_stale(block, work.kind)

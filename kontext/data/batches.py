@@ -6,6 +6,7 @@ before: a resumed run continues where it was, and worker processes change nothin
 
 import random
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kontext.data.cache import Kind, read_header, read_latents, read_text
+from kontext.data.cache import Kind, read_latents, read_text
 from kontext.data.images import read_picture
 from kontext.data.items import Skips
-from kontext.data.plan import Block, Entry, plan_blocks, problems
+from kontext.data.plan import Block, Entry, Status, check_caches, plan_blocks
 from kontext.errors import UserError
 
 COMMANDS: Mapping[Kind, str] = {"latents": "cache-latents", "text": "cache-text"}
@@ -112,25 +113,23 @@ def open_batches(
     Raises UserError with the commands to run when something is missing from the caches or stale.
     """
     blocks = plan_blocks(path, skips)
-    skipped: set[Entry] = set()
-    lacking = []
-    for kind in COMMANDS:
-        entries = [entry for block in blocks for entry in block.entries if entry not in skipped]
-        stale = {entry: why for entry, why in zip(entries, problems(entries, kind), strict=True) if why}
-        if kind == "latents" and stale:
-            skipped = set(_unreadable(list(stale), skips))
-            stale = {entry: why for entry, why in stale.items() if entry not in skipped}
-        if stale:
-            lacking.append(_lack(kind, list(stale.values()), len(entries), path, encoders or {}))
-    if lacking:
-        raise UserError(f"{path}: the caches are not complete. " + " ".join(lacking))
-    groups = [group for block in blocks for group in _group(block, skipped)]
-    _check_one_encoder(path, groups, encoders or {})
-    if not groups:
+    entries = [entry for block in blocks for entry in block.entries]
+    latents = dict(zip(entries, check_caches(entries, "latents"), strict=True))
+    skipped = set(_unreadable([entry for entry in entries if latents[entry].problem], skips))
+    entries = [entry for entry in entries if entry not in skipped]
+    texts = dict(zip(entries, check_caches(entries, "text"), strict=True))
+    found: dict[Kind, list[Status]] = {
+        "latents": [latents[entry] for entry in entries],
+        "text": list(texts.values()),
+    }
+    complaints = [_complaint(kind, statuses, path, encoders or {}) for kind, statuses in found.items()]
+    if any(complaints):
+        raise UserError("\n".join([f"{path}: the caches are not ready.", *filter(None, complaints)]))
+    if not entries:
         raise UserError(
-            f"{path}: no picture can be used; the first one is skipped because: {skips.rows[0].reason}"
+            f"{path}: no picture can be used; the first is skipped because: {skips.rows[0].reason}"
         )
-    return Batches(groups, seed=seed)
+    return Batches([group for block in blocks for group in _group(block, texts)], seed=seed)
 
 
 def _unreadable(entries: Sequence[Entry], skips: Skips) -> list[Entry]:
@@ -152,14 +151,24 @@ def _unreadable(entries: Sequence[Entry], skips: Skips) -> list[Entry]:
     return [entry for entry, _ in found]
 
 
-def _lack(
-    kind: Kind, reasons: Sequence[str], total: int, path: Path, encoders: Mapping[str, Path | None]
-) -> str:
-    counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
+def _complaint(
+    kind: Kind, statuses: Sequence[Status], path: Path, encoders: Mapping[str, Path | None]
+) -> str | None:
+    """What is wrong with the caches of one kind, and the command that puts it right; None when they are ready.
+
+    Caches of two encoders are what an interrupted re-encoding leaves.
+    """
     what = "latents" if kind == "latents" else "text embeddings"
-    return (
-        f"{len(reasons)} of {total} {what} must be encoded ({counts}): run `{command(kind, path, encoders)}`."
-    )
+    problems = Counter(status.problem for status in statuses if status.problem).most_common()
+    used = {status.header.record.encoder for status in statuses if status.header and status.header.record}
+    if problems:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in problems)
+        text = f"{sum(count for _, count in problems)} of {len(statuses)} {what} must be encoded ({reasons})"
+    elif len(used) > 1:
+        text = f"the {what} were made with {len(used)} different encoders or settings"
+    else:
+        return None
+    return f"{text}: run `{command(kind, path, encoders)}`."
 
 
 def command(kind: Kind, path: Path, encoders: Mapping[str, Path | None]) -> str:
@@ -171,32 +180,14 @@ def command(kind: Kind, path: Path, encoders: Mapping[str, Path | None]) -> str:
     return shlex.join(words)
 
 
-def _group(block: Block, left_out: set[Entry]) -> list[Group]:
-    """Entries by sizes of target and references, and by the shape of their text embeddings."""
+def _group(block: Block, texts: Mapping[Entry, Status]) -> list[Group]:
+    """Usable entries by sizes of target and references, and by the shapes of their text embeddings."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in block.entries:
-        if entry not in left_out:
-            header = read_header(entry.text)
-            assert header is not None, "just checked"
+        if entry in texts:
+            header = texts[entry].header
+            assert header is not None, "its status has no problem"
             shapes = (header.shapes["t5_vec"], header.shapes["clip_l_pooler"])
             groups.setdefault((entry.sizes, shapes), []).append(entry)
-    return [
-        Group(tuple(entries), block.dataset.batch_size, block.dataset.num_repeats)
-        for entries in groups.values()
-    ]
-
-
-def _check_one_encoder(path: Path, groups: Sequence[Group], encoders: Mapping[str, Path | None]) -> None:
-    """Raise UserError when half of the cache was made with other weights: what an interrupted re-encoding leaves."""
-    for kind in COMMANDS:
-        used = set()
-        for group in groups:
-            for entry in group.entries:
-                header = read_header(entry.latents if kind == "latents" else entry.text)
-                if header and header.record:
-                    used.add(header.record.encoder)
-        if len(used) > 1:
-            raise UserError(
-                f"{path}: the cached {kind} were made with {len(used)} different encoders or settings: run "
-                f"`{command(kind, path, encoders)}`."
-            )
+    size, repeats = block.dataset.batch_size, block.dataset.num_repeats
+    return [Group(tuple(entries), size, repeats) for entries in groups.values()]

@@ -15,7 +15,8 @@ in JSON that tells what the file was made from. Files without it (musubi-tuner's
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,8 @@ FORMAT_VERSION = "1.0.1"
 RECORD = "kontext"
 ENDINGS = {"latents": "_fk.safetensors", "text": "_fk_te.safetensors"}
 LEFTOVER_SECONDS = 3600
-DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPE = re.compile(r"_(float64|float32|bfloat16|float16|float8_e4m3fn|float8_e5m2)$")
+SIZE = re.compile(r"_\d+x\d+x\d+$")
 
 Kind = Literal["latents", "text"]
 
@@ -74,19 +76,22 @@ class Header:
     """What a cache file says without its tensors being read.
 
     shapes: by logical name (`latents`, `latents_control`, `latents_control_1`, `t5_vec`, `clip_l_pooler`).
-    names: the keys in the file by logical name. record: None in files of other programs.
+    record: None in files of other programs.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    names: Mapping[str, str]
     caption: str | None
     record: Record | None
 
     @property
     def references(self) -> tuple[str, ...]:
         """Logical names of the references, in order."""
-        found = [name for name in self.shapes if name.startswith("latents_control")]
-        return tuple(sorted(found, key=lambda name: int(name.removeprefix("latents_control")[1:] or 0)))
+        return _references(self.shapes)
+
+
+def _references(names: Iterable[str]) -> tuple[str, ...]:
+    found = [name for name in names if name.startswith("latents_control")]
+    return tuple(sorted(found, key=lambda name: int(name.removeprefix("latents_control")[1:] or 0)))
 
 
 def latents_path(folder: Path, key: str, size: Size) -> Path:
@@ -154,11 +159,8 @@ def _latents_name(name: str, tensor: Tensor) -> str:
 
 def logical_name(key: str) -> str:
     """A key without its dtype and, for latents, without its size: `latents_1x8x8_float32` -> `latents`."""
-    for dtype in sorted(DTYPES, key=len, reverse=True):
-        if key.endswith(f"_{dtype}"):
-            key = key.removesuffix(f"_{dtype}")
-            break
-    return re.sub(r"_\d+x\d+x\d+$", "", key) if key.startswith("latents_") else key
+    name = DTYPE.sub("", key)
+    return SIZE.sub("", name) if name.startswith("latents_") else name
 
 
 def read_header(path: Path) -> Header | None:
@@ -167,13 +169,12 @@ def read_header(path: Path) -> Header | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             keys = list(file.keys())
-            names = {logical_name(key): key for key in keys}
-            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
+            shapes = {logical_name(key): tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError):
         return None
     if metadata.get("architecture") != ARCHITECTURE:
         return None
-    return Header(shapes, names, metadata.get("caption1"), _parse_record(metadata.get(RECORD)))
+    return Header(shapes, metadata.get("caption1"), _parse_record(metadata.get(RECORD)))
 
 
 def _parse_record(text: str | None) -> Record | None:
@@ -187,22 +188,27 @@ def _parse_record(text: str | None) -> Record | None:
 
 def read_latents(path: Path) -> Latents:
     """The tensors of a latents file. Raises UserError when it cannot be read."""
-    header, tensors = _read(path)
-    return Latents(tensors["latents"], tuple(tensors[name] for name in header.references))
+    with _tensors(path) as tensors:
+        return Latents(tensors["latents"], tuple(tensors[name] for name in _references(tensors)))
 
 
 def read_text(path: Path) -> Text:
     """The tensors of a text file. Raises UserError when it cannot be read."""
-    _, tensors = _read(path)
-    return Text(tensors["t5_vec"], tensors["clip_l_pooler"])
+    with _tensors(path) as tensors:
+        return Text(tensors["t5_vec"], tensors["clip_l_pooler"])
 
 
-def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    header = read_header(path) if path.exists() else None
-    if header is None:
-        raise UserError(f"{path}: this cache file is missing or damaged; run the cache commands again.")
-    with safe_open(path, "pt") as file:
-        return header, {name: file.get_tensor(key) for name, key in header.names.items()}
+@contextmanager
+def _tensors(path: Path) -> Iterator[dict[str, Tensor]]:
+    """All tensors of a file by logical name."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            yield {logical_name(key): file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(
+            f"{path}: this cache file is missing or damaged; run the cache commands again."
+        ) from error
 
 
 def delete_stale(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kontext.data.buckets import control_size, target_size
-from kontext.data.cache import Header, latents_path, read_header, text_path
+from kontext.data.cache import Header, Kind, latents_path, read_header, text_path
 from kontext.data.config import Dataset, load_datasets
 from kontext.data.fingerprints import digest, is_unchanged
 from kontext.data.images import Size, image_size
@@ -109,50 +109,56 @@ def _plan_item(item: Item, dataset: Dataset) -> Entry | str:
     )
 
 
-def latents_problem(entry: Entry, *, encoder: str | None = None) -> str | None:
-    """Why the latents of an entry must be encoded, or None when they are up to date.
+@dataclass(frozen=True)
+class Status:
+    """One cache file of an entry: why it must be made anew (None: it is up to date), and what it says."""
 
-    encoder: the fingerprint that they should have; None when any will do. Files of other programs have none and no
-    stamps: they are taken when their sizes are right and no picture is newer.
+    problem: str | None
+    header: Header | None
+
+
+def check_caches(entries: Sequence[Entry], kind: Kind, *, encoder: str | None = None) -> list[Status]:
+    """The state of the latents or text files of the entries, one by one.
+
+    encoder: the fingerprint that they should have; None when any will do.
     """
-    header = read_header(entry.latents) if entry.latents.exists() else None
-    if header is None:
-        return "damaged cache file" if entry.latents.exists() else "new"
-    if _latent_sizes(header) != [
-        (width // LATENT_FACTOR, height // LATENT_FACTOR) for width, height in entry.sizes
-    ]:
+
+    def check(entry: Entry) -> Status:
+        path = entry.latents if kind == "latents" else entry.text
+        if not path.exists():
+            return Status("new", None)
+        header = read_header(path)
+        if header is None:
+            return Status("damaged cache file", None)
+        other = header.record and encoder is not None and header.record.encoder != encoder
+        problem = _latents_problem(entry, header) if kind == "latents" else _text_problem(entry, header)
+        return Status(problem or ("other weights or settings" if other else None), header)
+
+    with ThreadPoolExecutor(READERS) as pool:  # for the sake of network drives
+        return list(pool.map(check, entries))
+
+
+def _latents_problem(entry: Entry, header: Header) -> str | None:
+    """Files of other programs have no stamps: they are taken when their sizes are right and no picture is newer."""
+    wanted = [(width // LATENT_FACTOR, height // LATENT_FACTOR) for width, height in entry.sizes]
+    if _latent_sizes(header) != wanted:
         return "other sizes"
     if header.record is None:
         written = entry.latents.stat().st_mtime_ns
         newer = any(path.stat().st_mtime_ns > written for path in entry.sources)
         return "picture newer than its cache" if newer else None
-    if encoder is not None and header.record.encoder != encoder:
-        return "other weights or settings"
     stamps = header.record.sources
     same = len(stamps) == len(entry.sources) and all(map(is_unchanged, entry.sources, stamps))
     return None if same else "picture edited"
 
 
-def text_problem(entry: Entry, *, encoder: str | None = None) -> str | None:
-    """As `latents_problem`, for the text embeddings."""
-    header = read_header(entry.text) if entry.text.exists() else None
-    if header is None or not {"t5_vec", "clip_l_pooler"} <= header.shapes.keys():
-        return "damaged cache file" if entry.text.exists() else "new"
-    if header.caption != entry.item.caption:
-        return "caption edited"
-    if header.record and encoder is not None and header.record.encoder != encoder:
-        return "other weights or settings"
-    return None
+def _text_problem(entry: Entry, header: Header) -> str | None:
+    if not {"t5_vec", "clip_l_pooler"} <= header.shapes.keys():
+        return "damaged cache file"
+    return None if header.caption == entry.item.caption else "caption edited"
 
 
 def _latent_sizes(header: Header) -> list[Size]:
     """(width, height) of the cached latents, target first."""
     names = ("latents", *header.references)
     return [header.shapes[name][:-3:-1] for name in names if len(header.shapes.get(name, ())) == 3]
-
-
-def problems(entries: Sequence[Entry], kind: str, *, encoder: str | None = None) -> list[str | None]:
-    """`latents_problem` or `text_problem` of each entry."""
-    check = latents_problem if kind == "latents" else text_problem
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda entry: check(entry, encoder=encoder), entries))

@@ -171,7 +171,7 @@ def test_caches_of_two_encoders_do_not_mix(tmp_path: Path) -> None:
     fill(path, "old")
     entries = plan_blocks(path, Skips())[0].entries
     list(encode_latents(entries[:1], shrink, encoder="new", batch_size=1, workers=0, skips=Skips()))
-    with pytest.raises(UserError, match="cached latents were made with 2 different encoders"):
+    with pytest.raises(UserError, match="the latents were made with 2 different encoders or settings: run"):
         batches_of(path)
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from kontext.data.encode import encode_latents, encode_texts
 from kontext.data.items import Skips
-from kontext.data.plan import Entry, latents_problem, plan_blocks, text_problem
+from kontext.data.plan import Entry, check_caches, plan_blocks
 from kontext.errors import UserError
 from tests.data.folders import dataset_file, pairs, picture, shrink
 
@@ -27,11 +27,11 @@ def cached(path: Path, encoder: str = "e") -> None:
 
 def problem_of(path: Path, encoder: str | None = None) -> dict[str, str]:
     """Reasons by key; latents' before text's."""
-    found = {}
-    for entry in planned(path):
-        reason = latents_problem(entry, encoder=encoder) or text_problem(entry, encoder=encoder)
-        if reason:
-            found[entry.item.key] = reason
+    entries, found = planned(path), {}
+    for kind in ("text", "latents"):
+        for entry, status in zip(entries, check_caches(entries, kind, encoder=encoder), strict=True):
+            if status.problem:
+                found[entry.item.key] = status.problem
     return found
 
 
