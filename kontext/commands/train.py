@@ -7,6 +7,7 @@ from secrets import randbits
 
 from kontext import console
 from kontext.commands import train_values as values
+from kontext.commands.train_report import journal
 from kontext.data.batches import Batches, open_batches
 from kontext.data.items import Skips
 from kontext.errors import UserError
@@ -52,8 +53,16 @@ def run(options: Train) -> None:
 
     weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
     export = values.export(options, modules, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights)
+    kept = journal(options, names, plan, start, seed=seed, team=team)
     drawn = Previews(
-        kontext, samples, plan=plan, rhythm=values.rhythm(options), weights=weights, folder=names.folder, name=names.stem
+        kontext,
+        samples,
+        plan=plan,
+        rhythm=values.rhythm(options),
+        weights=weights,
+        folder=names.folder,
+        name=names.stem,
+        drawn=kept.samples,
     )
     Session(
         team=team,
@@ -68,6 +77,7 @@ def run(options: Train) -> None:
         write_adapter=export,
         previews=drawn if samples else None,
         log=values.log(options, team),
+        journal=kept,
     ).run()
 
 

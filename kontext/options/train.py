@@ -64,6 +64,10 @@ class Logs(Options):
     logging_dir: Path | None = option("Folder for logs; given alone it means TensorBoard.", default=None)
     log_with: Literal["tensorboard"] | None = option("Write logs for this program.", default=None)
     log_prefix: str = option("Put before the name of the log folder, which is the time.", default="")
+    no_report: bool = option(
+        "Leave out the report of the run, <output-name>.html, and its history, <output-name>.history.jsonl.",
+        default=False,
+    )
 
 
 class Metadata(Options):

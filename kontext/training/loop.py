@@ -18,11 +18,17 @@ from kontext.training.team import Team
 
 @dataclass(frozen=True)
 class Seen:
-    """Which items a loss is of, and at which noise levels."""
+    """Which items a loss is of, and at which noise levels. losses (B,): each item's part of the step's; share: theirs."""
 
     keys: tuple[str, ...]
     t: Tensor
     losses: Tensor
+    share: float
+
+    @property
+    def own_losses(self) -> Tensor:
+        """The loss (B,) of each item by itself."""
+        return self.losses * (len(self.t) / self.share)
 
 
 @dataclass(frozen=True)
@@ -107,4 +113,4 @@ def gradients(objective: Objective, example: Example, scaler: GradScaler, seed: 
     t = objective.levels(example)
     losses = objective.losses(example, t) * (example.share / len(t))
     scaler.scale(losses.sum()).backward()
-    return Seen(example.batch.keys, t, losses.detach())
+    return Seen(example.batch.keys, t, losses.detach(), example.share)

@@ -22,6 +22,9 @@ GIGABYTE = 1e9
 Log = Callable[[Mapping[str, float], int], None]
 """Called with named values and the number of steps that are done."""
 
+Record = Callable[[Outcome, float, float], None]
+"""Called with what a step did, its loss and its gradient norm."""
+
 
 @dataclass
 class Smoothed:
@@ -53,6 +56,7 @@ class Monitor:
         progress: console.Progress,
         *,
         log: Log,
+        record: Record,
         last_state: Callable[[], Path | None],
         notes: Mapping[str, Any],
     ) -> None:
@@ -60,6 +64,7 @@ class Monitor:
         self.team = team
         self.progress = progress
         self.log = log
+        self.record = record
         self.last_state = last_state
         self.smoothed = Smoothed(**notes)
         self.pending: list[Outcome] = []
@@ -91,9 +96,11 @@ class Monitor:
         self._show(outcomes)
 
     def _record(self, outcome: Outcome, loss: float) -> None:
-        values = {"loss/current": loss, "loss/average": self.smoothed.add(loss), "grad_norm": outcome.norm.item()}
+        norm = outcome.norm.item()
+        values = {"loss/current": loss, "loss/average": self.smoothed.add(loss), "grad_norm": norm}
         values |= {f"lr/group{i}": rate for i, rate in enumerate(outcome.rates)}
         self.log(values, outcome.step + 1)
+        self.record(outcome, loss, norm)
 
     def _show(self, outcomes: list[Outcome]) -> None:
         now = time.perf_counter()

@@ -21,6 +21,9 @@ CELL = 512  # pixels: the height of a row of the grid
 GAP = 8
 STEPS, GUIDANCE = 20, 2.5
 
+Drawn = Callable[[int, str, Sequence[Path]], None]
+"""Called with the number of steps done, the mark in the files' names, and the sample pictures by prompt."""
+
 
 @dataclass(frozen=True)
 class Rhythm:
@@ -85,6 +88,7 @@ class Previews:
         weights: Callable[[], AbstractContextManager[None]],
         folder: Path,
         name: str,
+        drawn: Drawn,
     ) -> None:
         """weights: within it the adapter has the weights to be used, which may not be those in training."""
         self.kontext = kontext
@@ -94,14 +98,15 @@ class Previews:
         self.weights = weights
         self.folder = folder / FOLDER
         self.name = name
+        self.drawn = drawn
 
     def __call__(self, outcome: Outcome) -> None:
         label = self.rhythm.label(outcome.step, self.plan)
         if label is not None:
-            self.draw(label)
+            self.draw(label, outcome.step + 1)
 
-    def draw(self, label: str) -> Path:
-        """Makes all samples and writes each, and a grid of them, whose path it returns.
+    def draw(self, label: str, done: int) -> Path:
+        """Makes all samples after `done` steps and writes each, and a grid of them, whose path it returns.
 
         Nothing of training changes: dropout is off meanwhile, and no global random numbers are drawn.
         """
@@ -114,19 +119,21 @@ class Previews:
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
         pictures = [self.kontext.decode(latent) for latent in latents]
         autoencoder.cpu()
-        return self._write(pictures, label)
+        return self._write(pictures, label, done)
 
-    def _write(self, pictures: Sequence[Image.Image], label: str) -> Path:
-        now = f"{datetime.now():%Y%m%d%H%M%S}"
+    def _write(self, pictures: Sequence[Image.Image], label: str, done: int) -> Path:
+        now, paths = f"{datetime.now():%Y%m%d%H%M%S}", []
         for i, (sample, picture) in enumerate(zip(self.samples, pictures, strict=True)):
             framed = sample.conditioned.framed
             name = f"{self.name}_{label}_{i:02d}_{now}_{sample.request.seed}_000.png"
             settings = settings_of(sample.request, framed.width, framed.height)
             save_picture(self.folder / name, picture, settings)
+            paths.append(self.folder / name)
         rows = [(*s.references, picture) for s, picture in zip(self.samples, pictures, strict=True)]
         path = self.folder / f"{self.name}_{label}_grid.png"
         save_picture(path, grid(rows), {})
         console.say(f"Samples: {path}")
+        self.drawn(done, label, paths)
         return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from kontext import console
 from kontext.training.feed import Examples, feed
 from kontext.training.interrupts import Interrupts
+from kontext.training.journal import Journal
 from kontext.training.loop import Listener, Outcome, Updates, train
 from kontext.training.monitor import Log, Monitor
 from kontext.training.names import Names
@@ -53,6 +54,7 @@ class Session:
     write_adapter: Callable[[Path, int], None]
     previews: Previews | None
     log: Log
+    journal: Journal
 
     def run(self) -> None:
         """Trains to the end of the plan and saves.
@@ -60,6 +62,10 @@ class Session:
         Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved if states are wanted; UserError when
         the loss is no number.
         """
+        with self.journal:
+            self._run()
+
+    def _run(self) -> None:
         plan, first = self.examples.plan, self.start.progress.step
         with Interrupts() as interrupts, console.progress("train", plan.steps, unit="step", done=first) as progress:
             monitor = Monitor(
@@ -67,12 +73,13 @@ class Session:
                 self.team,
                 progress,
                 log=self.log,
+                record=self.journal.step,
                 last_state=lambda: saver.last_state,
                 notes=self.start.progress.notes,
             )
             saver = self._saver(monitor)
             if first == 0 and self._previews and self._previews.rhythm.at_first:
-                self._previews.draw(f"{0:06d}")
+                self._previews.draw(f"{0:06d}", 0)
             self._train(self._listeners(interrupts, monitor, saver))
             monitor.flush()
         if self.team.leads:
@@ -104,16 +111,19 @@ class Session:
         def flush(outcome: Outcome) -> None:
             if saver.due(outcome.step):
                 monitor.flush()
+                self.journal.flush()
 
         def stop(outcome: Outcome) -> None:
             if outcome.step + 1 < self.examples.plan.steps and self.team.any(interrupts.requested):
                 monitor.flush()
+                self.journal.flush()
                 if self.team.leads:
                     saver.interrupted(outcome.step + 1)
                 raise KeyboardInterrupt
 
         previews = [self._previews] if self._previews else []
-        return [monitor, flush, *([saver] if self.team.leads else []), *previews, stop]
+        saving = [saver] if self.team.leads else []
+        return [monitor, flush, *saving, *previews, self.journal.listener(saver.due), stop]
 
     def _train(self, listeners: list[Listener]) -> None:
         first = self.start.progress.step

@@ -28,7 +28,8 @@ def words(cached: Cached, output: Path, *more: str) -> list[str]:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What a run has written, but for its report and history."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix not in (".html", ".jsonl"))
 
 
 def metadata(path: Path) -> dict[str, str]:
