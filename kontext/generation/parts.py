@@ -1,6 +1,7 @@
 """What generation is made from: which files, in which precision, and models that come and go."""
 
 import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from kontext.checkpoints import (
     transformer_config,
 )
 from kontext.errors import UserError
-from kontext.lora.branches import Attached, attach_adapters
+from kontext.lora.branches import attach_adapters
 from kontext.lora.merge import merging
 from kontext.lora.report import read_adapters
 from kontext.model.autoencoder import Autoencoder
@@ -96,8 +97,10 @@ class Part(Generic[T]):
         """Let the model go and hand its memory back to the device."""
         if self._model is None:
             return
+        alive = weakref.ref(self._model)
         self._model = None
-        gc.collect()
+        if alive() is not None:  # something refers to it in a circle
+            gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -120,10 +123,12 @@ def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
 
 def open_transformer(
     files: ModelFiles, runtime: Runtime, loras: Loras, strengths: Sequence[float]
-) -> tuple[Transformer, Attached | None]:
+) -> tuple[Transformer, list[float] | None]:
     """Load the transformer with the LoRAs, each at its strength: merged in, or attached beside the weights.
 
-    Weights in 8 bits always get them attached: rounding after a merge would bury most of what a LoRA adds.
+    The second value is None after a merge; for attached LoRAs it holds their strengths, and a change of its
+    elements works from the next step on. Weights in 8 bits always get them attached: rounding after a merge would
+    bury most of what a LoRA adds.
 
     Raises UserError when no file was given for the transformer, and for LoRAs that do not fit.
     """
@@ -137,7 +142,7 @@ def open_transformer(
         path, device=runtime.device, dtype=runtime.dtype, quantization=runtime.quantization, edit=edit
     )
     use_attention(model, attention_backend(runtime.attention))
-    return model, attach_adapters(model, adapters, strengths, **patterns) if attach else None
+    return model, attach_adapters(model, adapters, strengths, **patterns).strengths if attach else None
 
 
 def _given(path: Path | None, name: str) -> Path:

@@ -29,7 +29,6 @@ from kontext.generation.parts import (
 )
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
-from kontext.lora.branches import Attached
 from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
@@ -83,7 +82,7 @@ class Kontext:
         self.runtime = runtime
         self.loras = loras or Loras()
         self._strengths = self.loras.multipliers
-        self._attached: Attached | None = None
+        self._attached: list[float] | None = None  # the strengths that attached LoRAs go by
         self.autoencoder = Part(lambda: open_autoencoder(files, runtime))
         self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
         self.transformer = Part(lambda: self._load_transformer(files))
@@ -190,7 +189,7 @@ class Kontext:
             if self._attached is None:
                 self.transformer.free()
             else:
-                self._attached.set_strengths(strengths)
+                self._attached[:] = strengths
         return self.transformer()
 
     def _load_transformer(self, files: ModelFiles) -> Transformer:

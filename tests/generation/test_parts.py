@@ -1,0 +1,88 @@
+"""Models come when called for and go when let go, LoRAs or not."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kontext.errors import UserError
+from kontext.generation.parts import (
+    Loras,
+    ModelFiles,
+    Part,
+    Runtime,
+    open_autoencoder,
+    open_text_encoders,
+    open_transformer,
+)
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+QUANTISED = Runtime(torch.device("cpu"), torch.float32, quantization="fp8_scaled")
+
+
+def test_a_part_loads_once_and_again_after_it_was_let_go():
+    loads = []
+    part = Part(lambda: loads.append(None) or nn.Linear(2, 2))
+    first = part()
+    assert part() is first and len(loads) == 1
+    part.free()
+    part.free()
+    assert part() is not first and len(loads) == 2
+
+
+def test_a_model_in_a_circle_is_let_go_too():
+    model = nn.Linear(2, 2)
+    model.__dict__["circle"] = model
+    seen, models = weakref.ref(model), [model]
+    part = Part(models.pop)
+    part()
+    del model
+    gc.disable()
+    try:
+        part.free()
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def lora(tmp_path):
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    down, up = torch.ones(1, 64), torch.ones(64, 1)
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    return Loras((tmp_path / "a.safetensors",), (0.5,))
+
+
+def weight_of(model):
+    """The weight that acts in the linear which `lora` changes: its output for the identity."""
+    linear = model.double_blocks[0].img_attn.proj
+    return (linear(torch.eye(64)) - linear(torch.zeros(1, 64))).T
+
+
+def test_a_lora_is_merged_into_whole_weights_and_attached_to_quantised_ones(tiny_files, lora):
+    files = ModelFiles(dit=tiny_files.dit)
+    plain, _ = open_transformer(files, RUNTIME, Loras(), ())
+    merged, strengths = open_transformer(files, RUNTIME, lora, lora.multipliers)
+    assert strengths is None
+    assert torch.allclose(weight_of(merged) - weight_of(plain), torch.full((64, 64), 0.5), atol=1e-6)
+    plain, _ = open_transformer(files, QUANTISED, Loras(), ())
+    attached, strengths = open_transformer(files, QUANTISED, lora, lora.multipliers)
+    assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.5), atol=1e-6)
+    strengths[:] = [0.25]
+    assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.25), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "load, option",
+    [
+        (lambda: open_autoencoder(ModelFiles(), RUNTIME), "--vae"),
+        (lambda: open_text_encoders(ModelFiles(), RUNTIME), "--text-encoder1"),
+        (lambda: open_transformer(ModelFiles(), RUNTIME, Loras(), ()), "--dit"),
+    ],
+)
+def test_a_part_without_a_file_is_named(load, option):
+    with pytest.raises(UserError, match=f"{option} must be given"):
+        load()
