@@ -160,6 +160,8 @@ def make_t5(seed: int) -> Any:
     )
     model = randomise(T5EncoderModel(config), seed)
     model.shared.weight.data.mul_(CONTEXT_WIDTH**0.5)
+    for block in model.encoder.block:  # T5 does not divide attention by sqrt(d_kv): its initialisation does
+        block.layer[0].SelfAttention.q.weight.data.mul_(config.d_kv**-0.5)
     return model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kontext.checkpoints.source import Source
 from kontext.errors import UserError
-from kontext.quant import FP8, Fp8Linear, Mode, Quantised, dequantise, quantise
+from kontext.quant import FP8, EightBitLinear, Mode, Quantised, dequantise, quantise
 
 SCALES = ("scale_weight", "weight_scale")
 COMPANION = re.compile(r"(.*\.)?(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)")
@@ -98,8 +98,8 @@ def fill(
 ) -> None:
     """Read every tensor of a meta model, in the order of the file, to its device and dtype.
 
-    dtype: by tensor name. select: names of the linears that `mode` turns into `Fp8Linear`; what the file has
-    in fp8 stays as it is there. edit: see `kontext.checkpoints.load_transformer`. Only one tensor at a time
+    dtype: by tensor name. select: names of the linears that `mode` turns into `EightBitLinear`; what the
+    file has in fp8 stays as it is there. edit: see `kontext.checkpoints.load_transformer`. Only one tensor at a time
     exists in another form than its last one. Names with the same origin share their tensor.
     """
     model.requires_grad_(False)
@@ -116,7 +116,7 @@ def fill(
         layer, _, parameter = name.rpartition(".")
         if mode and select and parameter == "weight" and select(layer):
             weight = _quantised(source, origin, name, device, mode, edit)
-            state |= _put_fp8(model, layer, weight)
+            state |= _put_quantised(model, layer, weight)
         else:
             value = _edited(_whole(source, origin, device), name, edit)
             state[name] = value.to(dtype(name)).view(shapes[name])
@@ -124,20 +124,20 @@ def fill(
     model.eval()
 
 
-def _put_fp8(model: nn.Module, layer: str, weight: Quantised) -> dict[str, Tensor]:
-    """Put an empty Fp8Linear in the place of a linear, and return the tensors to fill it with."""
+def _put_quantised(model: nn.Module, layer: str, weight: Quantised) -> dict[str, Tensor]:
+    """Put an empty EightBitLinear in the place of a linear, and return the tensors to fill it with."""
     tensors = {f"{layer}.weight": weight.weight}
     if weight.scale is not None:
         tensors[f"{layer}.scale"] = weight.scale
     meta = [t if t is None else t.to("meta") for t in (weight.weight, weight.scale)]
-    model.set_submodule(layer, Fp8Linear(*meta, model.get_submodule(layer).bias))
+    model.set_submodule(layer, EightBitLinear(*meta, model.get_submodule(layer).bias))
     return tensors
 
 
 def _quantised(
     source: Source, origin: Origin, name: str, device: torch.device | str, mode: Mode, edit: Edit | None
 ) -> Quantised:
-    """The weight in fp8: as the file has it where it is so already and not edited."""
+    """The weight in 8 bits: as the file has it where it is in fp8 already, and not edited."""
     kept = all(source.dtype(key) == FP8 for key in origin.keys) and not origin.swapped
     if not kept:
         return quantise(_edited(_whole(source, origin, device), name, edit), mode)

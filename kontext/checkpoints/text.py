@@ -25,7 +25,7 @@ _POOL_HIGHEST = 2
 
 
 class Unasked(nn.Module):
-    """A linear without a `weight`: T5 in transformers casts the input of `wo` to that weight's dtype, fp8."""
+    """A linear without a `weight`: T5 in transformers casts the input of `wo` to its weight's dtype."""
 
     weight = None
 
@@ -42,8 +42,9 @@ def load_t5(
 ) -> T5EncoderModel:
     """Load T5's encoder, frozen and in evaluation mode; a decoder beside it is left out.
 
-    fp8: the linears keep scaled 8-bit weights. In float16 the second half of each MLP stays in float32, as
-    transformers itself does: its values overflow.
+    fp8: the linears keep 8 bits a weight: whole numbers with scales, for 8-bit floats make the embeddings
+    differ by 4 to 8 % from full precision, whole numbers by 1 to 2 %. Files in fp8 stay as they are.
+    In float16 the second half of each MLP stays in float32, as in transformers itself: it overflows.
 
     Raises UserError when the file is not a complete T5 v1.1 encoder.
     """
@@ -63,7 +64,7 @@ def load_t5(
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
 
-    mode = "fp8_scaled" if fp8 else None
+    mode = "int8" if fp8 else None
     fill(model, source, origins, device=device, dtype=dtype_of, select=linears.__contains__, mode=mode)
     model.encoder.embed_tokens.weight = model.shared.weight
     if fp8:

@@ -79,7 +79,7 @@ def _load(
         found = _beside(weights, wanted)
     try:
         return cls.from_pretrained(found or wanted.hub)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower
         if found:
             raise UserError(f"The {wanted.name} tokenizer in {found} cannot be read: {error}") from error
         raise UserError(

@@ -12,7 +12,7 @@ from kontext.errors import UserError
 from kontext.lora.deltas import Delta, Kronecker, LowRank
 from kontext.lora.files import AdapterFile
 from kontext.lora.merge import plan_merge, spread
-from kontext.quant import Fp8Linear
+from kontext.quant import EightBitLinear
 
 
 class Branched(nn.Module):
@@ -50,9 +50,8 @@ class Branched(nn.Module):
             return delta.change.apply(x)
         weight = self.base.weight
         if delta.change.needs_base:
-            weight = (
-                self.base.dequantised(torch.float32) if isinstance(self.base, Fp8Linear) else weight.float()
-            )
+            eight_bit = isinstance(self.base, EightBitLinear)
+            weight = self.base.dequantised(torch.float32) if eight_bit else weight.float()
         return F.linear(x, delta.change.dense(weight[_rows(delta)]).to(x.dtype))
 
 
