@@ -49,9 +49,11 @@ CLOSED_FORMS = {
     ),
     "qinglong_flux": (
         Timesteps("qinglong_flux", logit_mean=0.3),
-        lambda t: 0.79 * normal_cdf(logit(t) - MU)
-        + 0.11 * (1 - normal_cdf(-2 * logit(t) - 0.3))
-        + 0.10 * (1 - normal_cdf(-2 * logit(t) - 5.36)),
+        lambda t: (
+            0.79 * normal_cdf(logit(t) - MU)
+            + 0.11 * (1 - normal_cdf(-2 * logit(t) - 0.3))
+            + 0.10 * (1 - normal_cdf(-2 * logit(t) - 5.36))
+        ),
     ),
     "sigma": (Timesteps("sigma", flow_shift=2.0), lambda t: unshift(t, 2.0)),
     "sigma, logit_normal": (

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -41,7 +42,133 @@ def test_a_run_from_start_to_file(cached: Cached, tmp_path: Path) -> None:
     assert main(words(cached, tmp_path, "--max-train-epochs", "2", "--save-every-n-epochs", "1")) == 0
     assert files(tmp_path) == ["edit-000001.safetensors", "edit.safetensors"]
     assert metadata(tmp_path / "edit.safetensors")["ss_steps"] == "6"
-    assert any(tensor.abs().max() > 0 for name, tensor in load_file(tmp_path / "edit.safetensors").items() if "up" in name)
+    assert any(
+        tensor.abs().max() > 0
+        for name, tensor in load_file(tmp_path / "edit.safetensors").items()
+        if "up" in name
+    )
+
+
+MUSUBI_FIELDS = [
+    "ss_session_id",
+    "ss_output_name",
+    "ss_learning_rate",
+    "ss_num_train_items",
+    "ss_num_batches_per_epoch",
+    "ss_num_epochs",
+    "ss_gradient_checkpointing",
+    "ss_gradient_checkpointing_cpu_offload",
+    "ss_gradient_accumulation_steps",
+    "ss_max_train_steps",
+    "ss_lr_warmup_steps",
+    "ss_lr_scheduler",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_dropout",
+    "ss_mixed_precision",
+    "ss_seed",
+    "ss_training_comment",
+    "ss_optimizer",
+    "ss_max_grad_norm",
+    "ss_fp8_base",
+    "ss_full_fp16",
+    "ss_full_bf16",
+    "ss_weighting_scheme",
+    "ss_logit_mean",
+    "ss_logit_std",
+    "ss_mode_scale",
+    "ss_guidance_scale",
+    "ss_timestep_sampling",
+    "ss_sigmoid_scale",
+    "ss_discrete_flow_shift",
+    "ss_datasets",
+    "ss_network_args",
+    "ss_sd_model_name",
+    "ss_vae_name",
+    "ss_steps",
+    "ss_epoch",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+]
+TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
+
+
+def test_metadata_is_complete_and_true(cached: Cached, tmp_path: Path) -> None:
+    steps = [
+        "--max-train-epochs",
+        "1",
+        "--network-args",
+        "exclude_patterns=.*mlp.*",
+        "--training-comment",
+        "hello",
+    ]
+    assert main(words(cached, tmp_path, *steps, "--save-precision", "bf16", "--metadata-time")) == 0
+    told = metadata(tmp_path / "edit.safetensors")
+    assert set(MUSUBI_FIELDS) | TIMES <= set(told)
+    assert {name: told[f"ss_{name}"] for name in ("network_dim", "network_alpha", "num_train_items", "epoch")} == {
+        "network_dim": "4", "network_alpha": "4", "num_train_items": "5", "epoch": "1",
+    }  # fmt: skip
+    assert told["ss_network_args"] == '{"exclude_patterns": ".*mlp.*"}'
+    assert told["ss_training_comment"] == "hello"
+    assert told["ss_network_module"] == "networks.lora_flux"
+    assert told["modelspec.resolution"] == "80x64"
+    (dataset,) = json.loads(told["ss_datasets"])
+    assert dataset["has_control"] and dataset["resolution"] == [80, 64]
+    tensors = load_file(tmp_path / "edit.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert not any("mlp" in name for name in tensors)
+
+
+def test_files_can_be_silent_about_training(cached: Cached, tmp_path: Path) -> None:
+    assert main(words(cached, tmp_path, "--max-train-steps", "1", "--no-metadata")) == 0
+    told = metadata(tmp_path / "edit.safetensors")
+    assert "ss_network_dim" in told and "ss_seed" not in told and not TIMES & set(told)
+
+
+def test_training_starts_from_given_weights(cached: Cached, tmp_path: Path) -> None:
+    assert main(words(cached, tmp_path, "--max-train-steps", "3")) == 0
+    before = tmp_path / "edit.safetensors"
+    again = ["--network-weights", str(before), "--learning-rate", "1e-12", "--max-train-steps", "1"]
+    assert main(words(cached, tmp_path / "next", *again)) == 0
+    old, new = load_file(before), load_file(tmp_path / "next" / "edit.safetensors")
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name], tensor)
+
+
+def test_missing_caches_name_the_command(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "d.toml"
+    config.write_text(cached.config.read_text().replace("/cache'", "/nocache'"))
+    line = [str(config) if word == str(cached.config) else word for word in words(cached, tmp_path)]
+    assert main(line) == 2
+    assert "kontext cache-latents" in capsys.readouterr().err
+
+
+def test_two_processes_train_as_one(cached: Cached, tmp_path: Path) -> None:
+    """The same batches in a step, shared by two processes or taken one after the other."""
+    line = ["--max-train-epochs", "2", "--network-dropout", "0.1"]
+    assert main(words(cached, tmp_path / "one", *line, "--gradient-accumulation-steps", "2")) == 0
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launch,
+        "--mixed_precision",
+        "no",
+        "-m",
+        "kontext",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, *words(cached, tmp_path / "two", *line)], check=True, env=environment, timeout=180
+    )
+    one, two = (load_file(tmp_path / name / "edit.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-8)
 
 
 def test_the_published_command_line_runs(cached: Cached, tmp_path: Path, tiny_files: Any) -> None:
@@ -89,7 +216,10 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_a_torn_state_is_ignored_for_the_one_before(cached: Cached, tmp_path: Path) -> None:
-    assert main(words(cached, tmp_path, "--max-train-steps", "3", "--save-every-n-steps", "1", "--save-state")) == 0
+    assert (
+        main(words(cached, tmp_path, "--max-train-steps", "3", "--save-every-n-steps", "1", "--save-state"))
+        == 0
+    )
     assert files(tmp_path)[-1] == "edit.safetensors"
     for folder in ("edit-state", "edit-step00000003-state"):
         path = tmp_path / folder / "state.safetensors"
@@ -105,7 +235,9 @@ def test_samples_change_nothing_and_are_drawn(
 ) -> None:
     monkeypatch.setattr("kontext.data.images.PREFERRED_RESOLUTIONS", ((64, 64), (96, 64)))
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text(f"make the circle red --w 64 --h 64 --s 2 --ci {cached.reference}\nremove it --w 64 --h 80 --s 2\n")
+    prompts.write_text(
+        f"make the circle red --w 64 --h 64 --s 2 --ci {cached.reference}\nremove it --w 64 --h 80 --s 2\n"
+    )
     steps = ["--max-train-steps", "3", "--network-dropout", "0.1"]
     samples = ["--sample-prompts", str(prompts), "--sample-every-n-steps", "2", "--sample-at-first"]
     assert main(words(cached, tmp_path / "plain", *steps)) == 0
@@ -131,7 +263,9 @@ def test_keep_last_deletes_older_files(cached: Cached, tmp_path: Path) -> None:
 def test_tensorboard_reads_the_logs(cached: Cached, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main(words(cached, tmp_path, "--max-train-steps", "3", "--logging-dir", str(tmp_path / "logs"))) == 0
+    assert (
+        main(words(cached, tmp_path, "--max-train-steps", "3", "--logging-dir", str(tmp_path / "logs"))) == 0
+    )
     (events,) = tmp_path.glob("logs/*/kontext/events*")
     log = EventAccumulator(str(events))
     log.Reload()
@@ -140,7 +274,9 @@ def test_tensorboard_reads_the_logs(cached: Cached, tmp_path: Path) -> None:
 
 def start(cached: Cached, output: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "kontext", *words(cached, output, *more)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -152,7 +288,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_a_state_and_exits_130(number: int, cached: Cached, tmp_path: Path) -> None:
-    process = start(cached, tmp_path, "--max-train-steps", "100000", "--save-every-n-steps", "2", "--save-state")
+    process = start(
+        cached, tmp_path, "--max-train-steps", "100000", "--save-every-n-steps", "2", "--save-state"
+    )
     wait_for(tmp_path / "edit-step00000002-state" / "state.safetensors", process)
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
@@ -161,7 +299,15 @@ def test_an_interrupt_saves_a_state_and_exits_130(number: int, cached: Cached, t
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(cached: Cached, tmp_path: Path) -> None:
-    settings = ["--max-train-steps", "60", "--save-every-n-steps", "5", "--save-state", "--save-last-n-steps", "5"]
+    settings = [
+        "--max-train-steps",
+        "60",
+        "--save-every-n-steps",
+        "5",
+        "--save-state",
+        "--save-last-n-steps",
+        "5",
+    ]
     killed = tmp_path / "killed"
     process = start(cached, killed, *settings)
     wait_for(killed / "edit-step00000010-state" / "state.safetensors", process)
@@ -170,7 +316,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cached: Cached, tmp_path: Path) 
     assert not (killed / "edit.safetensors").exists()
     assert main(words(cached, killed, *settings, "--resume", "auto")) == 0
     assert main(words(cached, tmp_path / "whole", *settings)) == 0
-    assert (killed / "edit.safetensors").read_bytes() == (tmp_path / "whole" / "edit.safetensors").read_bytes()
+    assert (killed / "edit.safetensors").read_bytes() == (
+        tmp_path / "whole" / "edit.safetensors"
+    ).read_bytes()
     assert files(killed) == files(tmp_path / "whole")
 
 
@@ -178,7 +326,16 @@ def test_a_loss_that_is_no_number_ends_the_run(
     cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate this high makes the first update overflow."""
-    settings = ["--max-train-steps", "4", "--learning-rate", "1e30", "--optimizer-type", "sgd", "--max-grad-norm", "0"]
+    settings = [
+        "--max-train-steps",
+        "4",
+        "--learning-rate",
+        "1e30",
+        "--optimizer-type",
+        "sgd",
+        "--max-grad-norm",
+        "0",
+    ]
     assert main(words(cached, tmp_path, *settings, "--save-every-n-steps", "1", "--save-state")) == 2
     told = capsys.readouterr().err
     assert "The loss became" in told and "timestep" in told and "edit-step00000001-state" in told

@@ -76,7 +76,11 @@ def test_accumulated_batches_count_by_their_items() -> None:
 
     found = {}
     run.updates = type(run.updates)(
-        run.parameters, _Recorder(run.optimizer, run.parameters, found), run.updates.rates, 0, run.updates.scaler
+        run.parameters,
+        _Recorder(run.optimizer, run.parameters, found),
+        run.updates.rates,
+        0,
+        run.updates.scaler,
     )
     run.go()
     for name, gradient in expected.items():

@@ -33,7 +33,9 @@ SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linea
 
 def theirs_of(name: str) -> list[str]:
     kind, block, rest = name.split(".", 2)
-    prefix, table = ("transformer_blocks", DOUBLE) if kind == "double_blocks" else ("single_transformer_blocks", SINGLE)
+    prefix, table = (
+        ("transformer_blocks", DOUBLE) if kind == "double_blocks" else ("single_transformer_blocks", SINGLE)
+    )
     return [f"{prefix}.{block}.{part}" for part in table[rest]]
 
 

@@ -13,7 +13,14 @@ def groups() -> list[dict]:
 
 
 def test_arguments_are_values() -> None:
-    words = ["betas=0.9,0.95", "weight_decay=1e-2", "fused=None", "decouple=True", "include=(?=a).*=b", "names=['x']"]
+    words = [
+        "betas=0.9,0.95",
+        "weight_decay=1e-2",
+        "fused=None",
+        "decouple=True",
+        "include=(?=a).*=b",
+        "names=['x']",
+    ]
     assert parse_arguments(words, "--x") == {
         "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": None, "decouple": True, "include": "(?=a).*=b",
         "names": ["x"],
@@ -89,7 +96,10 @@ def test_weights_for_use_come_and_go_without_a_trace() -> None:
 def test_lora_plus_gives_the_second_factor_its_own_rate() -> None:
     network = network_of(4, None, 0.0, {"loraplus_lr_ratio": 16, "exclude_patterns": ".*mlp.*"})
     assert (network.alpha, network.plus_ratio, network.exclude_patterns) == (4, 16.0, (".*mlp.*",))
-    parameters = {"a.lora_down.weight": nn.Parameter(torch.zeros(1)), "a.lora_up.weight": nn.Parameter(torch.ones(1))}
+    parameters = {
+        "a.lora_down.weight": nn.Parameter(torch.zeros(1)),
+        "a.lora_up.weight": nn.Parameter(torch.ones(1)),
+    }
     down, up = groups_of(parameters, rate=1e-3, plus_ratio=16)
     assert (down["lr"], up["lr"]) == (1e-3, 16e-3)
     assert up["params"] == [parameters["a.lora_up.weight"]]

@@ -24,7 +24,14 @@ def test_text_lines(tmp_path: Path) -> None:
         f"# a remark\n\nmake it red --w 512 --h 256 --d 3 --s 8 --g 3.5 --fs 2 --ci {reference}\nplain\n",
     )
     assert first == Request(
-        "make it red", references=(reference,), width=512, height=256, seed=3, steps=8, guidance=3.5, flow_shift=2.0
+        "make it red",
+        references=(reference,),
+        width=512,
+        height=256,
+        seed=3,
+        steps=8,
+        guidance=3.5,
+        flow_shift=2.0,
     )
     assert second == Request("plain", seed=9, steps=20, guidance=2.5)
 
@@ -36,7 +43,9 @@ def test_words_of_the_prompt_are_no_options(tmp_path: Path) -> None:
     assert all(p.references == () and p.negative_prompt is None and p.steps == 20 for p in prompts)
 
 
-def test_options_of_other_models_are_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_models_are_left_out_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (prompt,) = read(tmp_path, "p.txt", "a cat --f 1 --s 5")
     assert prompt.steps == 5
     assert "f 1" in capsys.readouterr().err
@@ -62,7 +71,10 @@ def test_toml_shares_keys(tmp_path: Path) -> None:
 def test_json_holds_strings_and_objects(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
-    entries = ["one --w 64", {"prompt": "two", "control_image_path": [str(tmp_path / "a.png"), str(tmp_path / "b.png")]}]
+    entries = [
+        "one --w 64",
+        {"prompt": "two", "control_image_path": [str(tmp_path / "a.png"), str(tmp_path / "b.png")]},
+    ]
     one, two = read(tmp_path, "p.json", json.dumps(entries))
     assert (one.prompt, one.width) == ("one", 64)
     assert two.references == (tmp_path / "a.png", tmp_path / "b.png")
@@ -75,7 +87,11 @@ def test_json_holds_strings_and_objects(tmp_path: Path) -> None:
         ("p.txt", "# nothing\n", "no prompt in this file"),
         ("p.txt", "a --zz 3", "unknown option"),
         ("p.txt", "a --ci missing.png", "missing.png does not exist"),
-        ("p.toml", "[prompt]\nwidth = 1\n[[prompt.subset]]\nprompt = 'a'\nwidth = 2\n", r"width is given in \[prompt\]"),
+        (
+            "p.toml",
+            "[prompt]\nwidth = 1\n[[prompt.subset]]\nprompt = 'a'\nwidth = 2\n",
+            r"width is given in \[prompt\]",
+        ),
         ("p.toml", "prompts = 1", "expected a table"),
         ("p.toml", "x", "not valid TOML"),
         ("p.json", "{}", "expected a list"),

@@ -8,7 +8,15 @@ from torch import nn
 
 from kontext.errors import UserError
 from kontext.training.names import STATE, Names
-from kontext.training.state import FILE, Progress, changed_settings, latest_state, load_state, read_progress, save_state
+from kontext.training.state import (
+    FILE,
+    Progress,
+    changed_settings,
+    latest_state,
+    load_state,
+    read_progress,
+    save_state,
+)
 
 
 class Odd(torch.optim.SGD):
@@ -19,7 +27,11 @@ class Odd(torch.optim.SGD):
         self.param_groups[0]["betas"] = (0.9, 0.999)
         self.param_groups[0]["limit"] = float("inf")
         shared = torch.arange(4)
-        self.state[params[0]] = {"step": 3, "nested": {"a": shared, "b": shared}, "history": [torch.ones(2), None, True]}
+        self.state[params[0]] = {
+            "step": 3,
+            "nested": {"a": shared, "b": shared},
+            "history": [torch.ones(2), None, True],
+        }
 
 
 def write(folder: Path, step: int = 5, value: float = 1.0) -> Odd:

@@ -75,7 +75,9 @@ def small_transformer(seed: int = 0) -> Transformer:
     with torch.no_grad():
         for parameter in model.parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1) * 0.5)
+            parameter.copy_(
+                scale * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1) * 0.5
+            )
     return model
 
 

@@ -1,0 +1,36 @@
+"""That recomputing changes no bit of training is tested in tests/training/test_loop.py."""
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from kontext.memory.recompute import recompute_blocks
+from kontext.training.network import Network, build
+from tests.training.world import CONFIG, small_transformer
+
+
+def saved_bytes(recompute: bool) -> int:
+    """What a forward pass keeps for the backward pass, weights aside."""
+    model = small_transformer()
+    build(model, Network(rank=4, alpha=4), seed=0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    if recompute:
+        recompute_blocks(model)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, text = torch.randn(1, 256, CONFIG.in_channels), torch.randn(1, 8, CONFIG.context_width)
+    vector, t = torch.randn(1, CONFIG.vector_width), torch.tensor([0.5])
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(tokens, torch.zeros(1, 256, 3), text, torch.zeros(1, 8, 3), t, vector, t)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_less_is_kept() -> None:
+    assert saved_bytes(recompute=True) < 0.5 * saved_bytes(recompute=False)

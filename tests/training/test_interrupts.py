@@ -1,0 +1,22 @@
+import os
+import signal
+
+import pytest
+
+from kontext.training.interrupts import Interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request(number: int) -> None:
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        assert not interrupts.requested
+        os.kill(os.getpid(), number)
+        assert interrupts.requested
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_signal_acts_at_once() -> None:
+    with Interrupts(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,71 @@
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from kontext.errors import UserError
+from kontext.training.loop import Outcome, Seen
+from kontext.training.monitor import Monitor, Smoothed
+from kontext.training.plan import Plan
+from kontext.training.team import Team
+
+
+class Line:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.notes.append(note)
+
+
+def outcome(step: int, *losses: float) -> Outcome:
+    values = torch.tensor(losses)
+    seen = Seen(
+        tuple(f"item{i}" for i in range(len(losses))), torch.tensor([0.25] * len(losses)), values, 1.0
+    )
+    return Outcome(step, values.sum(), torch.tensor(2.0), (1e-4,), (seen,))
+
+
+def monitor(
+    last_state: Path | None = None, notes: Mapping[str, float] | None = None
+) -> tuple[Monitor, Line, list]:
+    line, logged = Line(), []
+    made = Monitor(
+        Plan(4, 1, 1, 8), Team(Accelerator(cpu=True)), line, log=lambda values, step: logged.append((step, values)),
+        record=lambda *_: None, last_state=lambda: last_state, notes=notes or {},
+    )  # fmt: skip
+    return made, line, logged
+
+
+def test_losses_are_logged_and_shown() -> None:
+    watching, line, logged = monitor()
+    watching(outcome(0, 1.0, 1.0))
+    watching(outcome(1, 0.5, 0.5))
+    assert [(step, values["loss/current"], values["lr/group0"]) for step, values in logged] == [
+        (1, 2, 1e-4),
+        (2, 1, 1e-4),
+    ]
+    assert "epoch 1/2" in line.notes[0] and "lr 1.00e-04" in line.notes[0]
+
+
+def test_smoothing_is_corrected_for_its_start() -> None:
+    smoothed = Smoothed()
+    assert smoothed.add(3.0) == pytest.approx(3.0)
+    assert smoothed.add(1.0) == pytest.approx((0.98 * 3 + 1) / 1.98)
+
+
+def test_smoothing_goes_on_after_a_resume() -> None:
+    first, _, _ = monitor()
+    first(outcome(0, 3.0))
+    second, _, _ = monitor(notes=first.notes)
+    second(outcome(1, 1.0))
+    assert second.smoothed.value == pytest.approx((0.98 * 3 + 1) / 1.98)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_traced_to_its_item(bad: float) -> None:
+    watching, _, _ = monitor(Path("out/a-state"))
+    with pytest.raises(UserError, match=r"step 3, with item1 \(timestep 250\).*--resume out/a-state"):
+        watching(outcome(2, 1.0, bad))

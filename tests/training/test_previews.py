@@ -1,0 +1,33 @@
+from PIL import Image
+
+from kontext.training.plan import Plan
+from kontext.training.previews import GAP, Rhythm, grid
+
+PLAN = Plan(batches=4, accumulation=1, processes=1, steps=12)
+
+
+def labels(rhythm: Rhythm) -> list[str | None]:
+    return [rhythm.label(step, PLAN) for step in range(8)]
+
+
+def test_a_step_that_ends_an_epoch_makes_one_set() -> None:
+    rhythm = Rhythm(every_steps=2, every_epochs=1)
+    assert labels(rhythm) == [None, "000002", None, "e000001", None, "000006", None, "e000002"]
+
+
+def test_nothing_is_drawn_unasked() -> None:
+    assert labels(Rhythm()) == [None] * 8
+
+
+def test_grid_puts_references_before_the_sample() -> None:
+    red, green, blue = (
+        Image.new("RGB", size, colour)
+        for size, colour in (((20, 10), "red"), ((10, 20), "lime"), ((10, 10), "blue"))
+    )
+    sheet = grid([(red, green), (blue,)])
+    cell = 20  # the tallest sample
+    assert sheet.size == (GAP + 40 + GAP + 10 + GAP, 2 * (cell + GAP) + GAP)
+    assert sheet.getpixel((GAP + 20, GAP + 10)) == (255, 0, 0)
+    assert sheet.getpixel((GAP + 40 + GAP + 5, GAP + 10)) == (0, 255, 0)
+    assert sheet.getpixel((GAP + 10, GAP + cell + GAP + 10)) == (0, 0, 255)
+    assert sheet.getpixel((GAP + 40 + 2, GAP + 10)) == (255, 255, 255)
