@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kontext import __version__
+from kontext.backends import attention_backend
+from kontext.checkpoints import open_source
+from kontext.checkpoints.recognise import Kind
 from kontext.commands.merge import merge_into_checkpoint
 from kontext.console import ask, error, say, table
 from kontext.device import resolve_device, resolve_dtype
@@ -66,13 +69,17 @@ def _merge(options: Generate, out: Path) -> None:
 
 
 def _check_models(options: Generate) -> None:
-    """Raise UserError for a missing option or file now, not after minutes of work with the other models."""
-    names = ["dit", "text_encoder1", "text_encoder2"] + ["vae"] * (options.output_type != "latent")
-    need(options, *names, because="to make a picture")
-    for name in (*names, "tokenizer1", "tokenizer2"):
-        path = getattr(options, name)
-        if path is not None and not path.exists():
-            raise UserError(f"{path}: there is no such file or folder ({flag_name(name)}).")
+    """Raise UserError for a missing or wrong file now, not after minutes of work with the other models."""
+    kinds: dict[str, Kind] = {"dit": "transformer", "text_encoder1": "T5", "text_encoder2": "CLIP"}
+    if options.output_type != "latent":
+        kinds["vae"] = "autoencoder"
+    need(options, *kinds, because="to make a picture")
+    for name, kind in kinds.items():
+        open_source(getattr(options, name), kind)
+    for path in options.lora_weight:
+        if not path.is_dir():
+            open_source(path, "LoRA")
+    attention_backend(options.attn_mode)
 
 
 def _files(options: Generate) -> ModelFiles:

@@ -20,6 +20,7 @@ from kontext.checkpoints import (
     open_source,
     transformer_config,
 )
+from kontext.console import say
 from kontext.errors import UserError
 from kontext.lora.branches import attach_adapters
 from kontext.lora.merge import merging
@@ -107,12 +108,15 @@ class Part(Generic[T]):
 
 def open_autoencoder(files: ModelFiles, runtime: Runtime) -> Autoencoder:
     """Load the autoencoder. Raises UserError when no file was given for it."""
-    return load_autoencoder(_given(files.vae, "vae"), device=runtime.device, dtype=runtime.vae_dtype)
+    path = _given(files.vae, "vae")
+    say(f"Loading the autoencoder: {path}")
+    return load_autoencoder(path, device=runtime.device, dtype=runtime.vae_dtype)
 
 
 def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
     """Load T5 and CLIP with their tokenizers, which are looked for first. Raises UserError for a missing part."""
     t5, clip = _given(files.text_encoder1, "text_encoder1"), _given(files.text_encoder2, "text_encoder2")
+    say(f"Loading the text encoders: {t5}, {clip}")
     t5_tokenizer = load_t5_tokenizer(files.tokenizer1, t5)
     clip_tokenizer = load_clip_tokenizer(files.tokenizer2, clip)
     where = {"device": runtime.device, "dtype": runtime.dtype}
@@ -133,6 +137,7 @@ def open_transformer(
     Raises UserError when no file was given for the transformer, and for LoRAs that do not fit.
     """
     path = _given(files.dit, "dit")
+    say(f"Loading the transformer: {path}")
     source = open_source(path, "transformer")
     adapters = read_adapters(loras.paths, transformer_config(source))
     patterns = {"include_patterns": loras.include_patterns, "exclude_patterns": loras.exclude_patterns}

@@ -83,6 +83,8 @@ def test_a_text_is_encoded_once(kontext, monkeypatch):
     ],
 )
 def test_what_is_done_to_a_reference_is_said(kontext, image, said, capsys):
+    kontext.autoencoder()
+    capsys.readouterr()
     framed = kontext.frame(Request("x", (image,), resize_references=False))
     assert (framed.width, framed.height) == (96, 64) and framed.references[0].shape == (1, 16, 8, 12)
     heard = capsys.readouterr().err
