@@ -252,8 +252,8 @@ def _run(job: Job, checkpoint: Checkpoint, writer: Writer, device: torch.device,
         written = _write(writer, part, job.outputs[index], job.output_scales[index])
         if before is not None:
             start = sum(spec.shape[0] for spec in job.outputs[:index])
-            loss.error += (written - part).square().sum().item()
-            loss.change += (part - before[start : start + len(part)]).square().sum().item()
+            loss.error += torch.linalg.vector_norm(written.sub_(part)).item() ** 2
+            loss.change += torch.linalg.vector_norm(before[start : start + len(part)].sub_(part)).item() ** 2
 
 
 def _plain(entry: Entry, scale: Entry | None, device: torch.device) -> Tensor:
@@ -272,7 +272,7 @@ def _split(whole: Tensor, job: Job, swapped: bool) -> tuple[Tensor, ...]:
 
 
 def _write(writer: Writer, values: Tensor, spec: Spec, scale: Spec | None) -> Tensor:
-    """Round and write float32 values; returns what was written, in float32, if that is fp8."""
+    """Round and write float32 values; returns what was written, in float32 of its own, if that is fp8."""
     if spec.dtype not in FP8_DTYPES:
         writer.put(spec.key, values.to(spec.dtype))
         return values
@@ -284,8 +284,10 @@ def _write(writer: Writer, values: Tensor, spec: Spec, scale: Spec | None) -> Te
     count = max(1, torch.Size(scale.shape).numel())
     rows = 1 if count == 1 else len(values)
     blocks = values.reshape(rows, count // rows, -1)
-    factor = (blocks.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).to(scale.dtype)
-    rounded = (blocks / factor.float()).clamp_(-largest, largest).to(spec.dtype)
+    least, most = torch.aminmax(blocks, dim=-1, keepdim=True)
+    factor = (torch.maximum(-least, most) / largest).clamp(min=1e-30).to(scale.dtype)
+    scaled = (blocks / factor.float()).clamp_(-largest, largest)
+    rounded = scaled.to(spec.dtype)
     writer.put(spec.key, rounded.view(values.shape))
     writer.put(scale.key, factor.view(scale.shape))
-    return (rounded.float() * factor.float()).view(values.shape)
+    return scaled.copy_(rounded).mul_(factor.float()).view(values.shape)
