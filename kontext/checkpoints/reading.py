@@ -99,8 +99,8 @@ def fill(
     """Read every tensor of a meta model, in the order of the file, to its device and dtype.
 
     dtype: by tensor name. select: names of the linears that `mode` turns into `EightBitLinear`; what the
-    file has in fp8 stays as it is there. edit: see `kontext.checkpoints.load_transformer`. Only one tensor at a time
-    exists in another form than its last one. Names with the same origin share their tensor.
+    file has in fp8 stays as it is there. edit: see `load_transformer`. Only one tensor at a time exists in
+    another form than its last one. Names with the same origin share their tensor.
     """
     model.requires_grad_(False)
     state: dict[str, Tensor] = {}
