@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from kontext.generation.parts import ModelFiles, Runtime
+from kontext.generation.parts import Loras, ModelFiles, Runtime
 from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
 
@@ -28,8 +29,7 @@ def theirs(tiny_files):
     return pipeline
 
 
-@pytest.fixture(scope="module")
-def ours(tiny_files):
+def open_kontext(tiny_files, loras=None):
     files = ModelFiles(
         dit=tiny_files.dit,
         vae=tiny_files.vae,
@@ -39,7 +39,12 @@ def ours(tiny_files):
         tokenizer2=tiny_files.clip_tokenizer,
     )
     runtime = Runtime(torch.device("cpu"), torch.float32, torch.float32, t5_max_length=32, keep=True)
-    return Kontext(files, runtime)
+    return Kontext(files, runtime, loras)
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_files):
+    return open_kontext(tiny_files)
 
 
 def picture(width, height):
@@ -101,6 +106,31 @@ def test_true_guidance(ours, theirs):
     assert difference(our_latent(ours, request), their_latent(theirs, request)) < 1e-5
     without = our_latent(ours, Request(PROMPT, request.references, 64, 64, 7, 4, resize_references=False))
     assert difference(without, their_latent(theirs, request)) > 1e-2
+
+
+def test_a_lora_acts_as_there(tiny_files, theirs, tmp_path):
+    """PEFT names, on split projections, a fused one and a modulation, at strength 0.7."""
+    generator, tensors = torch.Generator().manual_seed(8), {}
+    modules = dict(theirs.transformer.named_modules())
+    for name in (
+        "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_v_proj", "transformer_blocks.1.ff.net.2",
+        "single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.1.proj_mlp",
+        "single_transformer_blocks.1.proj_out", "transformer_blocks.0.norm1.linear",
+    ):  # fmt: skip
+        rows, columns = modules[name].weight.shape
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(3, columns, generator=generator) / 8
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 3, generator=generator) / 8
+    save_file(tensors, tmp_path / "lora.safetensors")
+    request = Request(PROMPT, (picture(64, 64),), 64, 64, seed=4, steps=4, resize_references=False)
+    before = their_latent(theirs, request)
+    theirs.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="x")
+    theirs.set_adapters("x", 0.7)
+    expected = their_latent(theirs, request)
+    theirs.unload_lora_weights()
+    assert difference(before, expected) > 1e-2
+    for attach in (False, True):
+        loras = Loras((tmp_path / "lora.safetensors",), (0.7,), attach=attach)
+        assert difference(our_latent(open_kontext(tiny_files, loras), request), expected) < 1e-5
 
 
 def test_pictures_are_those_of_diffusers_to_a_rounding(ours, theirs):
