@@ -5,7 +5,6 @@ of the wanted layout and type go out. What nothing changes is copied byte by byt
 """
 
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kontext.checkpoints.names import SWAPPED, bfl_tensor, diffusers_modules, part_sizes
+from kontext.checkpoints.names import diffusers_modules, part_sizes
 from kontext.checkpoints.reading import COMPANION, FP8_DTYPES, SCALES
 from kontext.checkpoints.source import Entry, Source
 from kontext.checkpoints.transformer import is_diffusers, is_quantisable, transformer_config
@@ -22,9 +21,10 @@ from kontext.errors import UserError
 from kontext.files import atomic_write
 from kontext.lora.deltas import swap_halves
 from kontext.lora.merge import Plan, merge_weight
-from kontext.lora.stream import Spec, Writer, read
+from kontext.lora.stream import Spec, Writer
+from kontext.lora.weights import Stored, is_swapped, sibling, stored_tensors
 from kontext.model.transformer import Transformer, TransformerConfig
-from kontext.quant import FP8, dequantise
+from kontext.quant import FP8
 
 FP8_SCALED = "fp8_scaled"
 Layout = Literal["bfl", "diffusers"]
@@ -38,11 +38,10 @@ MARKER = (
 
 @dataclass(frozen=True)
 class Job:
-    """One BFL tensor: what it is read from and what is written for it, both in the order of its rows."""
+    """One BFL tensor: where it lies, and what is written for it in the order of its rows."""
 
     name: str
-    inputs: tuple[Entry, ...]
-    scales: tuple[Entry | None, ...]
+    stored: Stored
     outputs: tuple[Spec, ...]
     output_scales: tuple[Spec | None, ...]
     copied: bool
@@ -102,13 +101,13 @@ def plan_checkpoint(
     prefix = source.entry(first).name.removesuffix(first) if layout == old else ""
     quantised = _quantisable(config) if dtype == FP8_SCALED else set()
     jobs = []
-    for name, keys in _inputs(source, old).items():
+    for name, stored in stored_tensors(source).items():
         wanted = (FP8 if name in quantised else None) if dtype == FP8_SCALED else dtype
-        rows = sum(source.shape(key)[0] for key in keys)
+        rows = sum(part.shape[0] for part in stored.parts)
         outputs = [(prefix + key, size) for key, size in _output_names(config, name, rows, layout)]
         copied = layout == old and wanted is None and name not in changes
-        jobs.append(_job(source, name, keys, outputs, dtype=wanted, copied=copied))
-    used = {entry.name for job in jobs for entry in job.scales if entry}
+        jobs.append(_job(name, stored, outputs, dtype=wanted, copied=copied))
+    used = {entry.name for job in jobs for entry in job.stored.scales if entry}
     others = [source.entry(k) for k in source.keys() if COMPANION.fullmatch(k)]  # noqa: SIM118
     companions = [e for e in others if e.name not in used] if dtype is None else []
     marker = f"{prefix}{MARKER}" if dtype == FP8_SCALED else None
@@ -170,38 +169,23 @@ def _quantisable(config: TransformerConfig) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if is_quantisable(name, module)}
 
 
-def _inputs(source: Source, layout: Layout) -> dict[str, list[str]]:
-    """{BFL tensor: its keys in the order of its rows}, in the order of the file."""
-    found: dict[str, dict[int, str]] = defaultdict(dict)
-    for key in source.keys():  # noqa: SIM118
-        if COMPANION.fullmatch(key):
-            continue
-        place = bfl_tensor(key) if layout == "diffusers" else None
-        found[place[0] if place else key][place[1].index if place else 0] = key
-    return {name: [keys[i] for i in sorted(keys)] for name, keys in found.items()}
-
-
 def _job(
-    source: Source,
     name: str,
-    keys: Sequence[str],
+    stored: Stored,
     outputs: Sequence[tuple[str, int]],
     *,
     dtype: torch.dtype | None,
     copied: bool,
 ) -> Job:
     """outputs: (key, rows). dtype: None keeps that of the inputs, and their scales."""
-    inputs = tuple(source.entry(key) for key in keys)
-    scales = tuple(_scale_entry(source, key) for key in keys)
-    specs = tuple(
-        Spec(key, dtype or source.dtype(keys[0]), (rows, *inputs[0].shape[1:])) for key, rows in outputs
-    )
+    first = stored.parts[0]
+    specs = tuple(Spec(key, dtype or first.dtype, (rows, *first.shape[1:])) for key, rows in outputs)
     new_scales: list[Spec | None] = [None] * len(specs)
     if dtype == FP8:
-        new_scales = [Spec(_sibling(spec.key, SCALES[0]), torch.float32, ()) for spec in specs]
-    elif dtype is None and any(scales):
-        new_scales = [entry and Spec(entry.name, entry.dtype, entry.shape) for entry in scales]
-    return Job(name, inputs, scales, specs, tuple(new_scales), copied)
+        new_scales = [Spec(sibling(spec.key, SCALES[0]), torch.float32, ()) for spec in specs]
+    elif dtype is None and any(stored.scales):
+        new_scales = [entry and Spec(entry.name, entry.dtype, entry.shape) for entry in stored.scales]
+    return Job(name, stored, specs, tuple(new_scales), copied)
 
 
 def _output_names(
@@ -217,15 +201,6 @@ def _output_names(
     return ((f"{part}.{kind}", size) for part, size in zip(parts, sizes, strict=True))
 
 
-def _scale_entry(source: Source, key: str) -> Entry | None:
-    names = [_sibling(key, suffix) for suffix in SCALES] if key.endswith(".weight") else []
-    return next((source.entry(name) for name in names if name in source), None)
-
-
-def _sibling(key: str, kind: str) -> str:
-    return f"{key.rpartition('.')[0]}.{kind}"
-
-
 def _check_space(file: Path, wanted: int) -> None:
     folder = next(p for p in file.absolute().parents if p.exists())
     free = shutil.disk_usage(folder).free
@@ -236,34 +211,25 @@ def _check_space(file: Path, wanted: int) -> None:
 def _run(job: Job, checkpoint: Checkpoint, writer: Writer, device: torch.device, loss: Loss) -> None:
     """Do one job: read, merge, and write."""
     if job.copied:
-        for entry, spec in zip((*job.inputs, *job.scales), (*job.outputs, *job.output_scales), strict=True):
+        for entry, spec in zip(
+            (*job.stored.parts, *job.stored.scales), (*job.outputs, *job.output_scales), strict=True
+        ):
             if entry and spec:
                 writer.copy(spec.key, entry)
         return
-    swapped = job.name.startswith(SWAPPED)
-    parts = [_plain(e, s, device) for e, s in zip(job.inputs, job.scales, strict=True)]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    whole = swap_halves(whole) if swapped and is_diffusers(checkpoint.source) else whole
+    whole = job.stored.load(device)
     changes = checkpoint.changes.get(job.name)
     before = whole.clone() if changes and job.outputs[0].dtype in FP8_DTYPES else None
     if changes:
         merge_weight(whole, changes)
-    for index, part in enumerate(_split(whole, job, swapped and checkpoint.layout == "diffusers")):
+    for index, part in enumerate(
+        _split(whole, job, checkpoint.layout == "diffusers" and is_swapped(job.name))
+    ):
         written = _write(writer, part, job.outputs[index], job.output_scales[index])
         if before is not None:
             start = sum(spec.shape[0] for spec in job.outputs[:index])
             loss.error += torch.linalg.vector_norm(written.sub_(part)).item() ** 2
             loss.change += torch.linalg.vector_norm(before[start : start + len(part)].sub_(part)).item() ** 2
-
-
-def _plain(entry: Entry, scale: Entry | None, device: torch.device) -> Tensor:
-    """A tensor of the base in float32, multiplied by its scales if it has any."""
-    values = read(entry).to(device)
-    if scale is None:
-        return values.float()
-    grid = read(scale).to(device).float()
-    rows = 1 if grid.numel() == 1 else len(values)
-    return dequantise(values, grid.view(rows, -1).expand(len(values), -1), torch.float32)
 
 
 def _split(whole: Tensor, job: Job, swapped: bool) -> tuple[Tensor, ...]:
