@@ -98,10 +98,11 @@ def line_chart(title: str, lines: Sequence[Line], *, unit: str = "step") -> str:
         "unit": unit,
         "frame": [frame.left, frame.right, frame.bottom, frame.top],
         "series": [
-            {"name": line.name, "look": line.look, "x": line.x.tolist(), "y": _numbers(line.y)} for line in lines
+            {"name": line.name, "look": line.look, "x": line.x.tolist(), "y": _numbers(line.y)}
+            for line in lines
         ],
     }
-    marks = [(value, f"{value:,.0f}") for value in ticks(frame.left, frame.right, 5) if value == round(value)]
+    marks = [(value, f"{value:,.0f}") for value in ticks(frame.left, frame.right, 8) if value == round(value)]
     legend = "".join(f'<span class="key {line.look}">{escape(line.name)}</span>' for line in lines)
     return _figure(title, legend, _plot(drawing, frame, marks), data, "; ".join(map(_in_words, lines)))
 
@@ -112,7 +113,8 @@ def _frame(lines: Sequence[Line]) -> Frame:
     right = float(max(line.x[-1] for line in lines))
     low = min(float(np.nanmin(line.y)) for line in lines)
     high = max(
-        float(np.nanquantile(line.y, 1 - OUTLIERS) if line.look == "raw" else np.nanmax(line.y)) for line in lines
+        float(np.nanquantile(line.y, 1 - OUTLIERS) if line.look == "raw" else np.nanmax(line.y))
+        for line in lines
     )
     bottom = 0.0 if low > 0 and low < 0.6 * high else low - 0.05 * (high - low)
     top = high + 0.06 * (high - bottom) or 1.0
@@ -138,7 +140,9 @@ def _in_words(line: Line) -> str:
     return f"{line.name}: first {short(finite[0])}, last {short(finite[-1])}, lowest {short(finite.min())}"
 
 
-def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, value_name: str, labelled: bool = False) -> str:
+def bar_chart(
+    title: str, bars: Sequence[Bar], *, legend: str, unit: str, value_name: str, labelled: bool = False
+) -> str:
     """Bars from 0. labelled: with their values above them. The page's script shows value and note on pointing."""
     values = [bar.value or 0.0 for bar in bars]
     if not any(values):
@@ -156,8 +160,12 @@ def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, value_name: str, la
         "series": [{"name": value_name, "look": "bar", "x": centres, "y": heights}],
     }
     marks = [(value, f"{value:g}") for value in ticks(frame.left, frame.right, 5)]
-    words = ", ".join(f"{bar.low:.3g} to {bar.high:.3g}: {short(v)}" for bar, v in zip(bars, values, strict=True))
-    return _figure(title, "", _plot(drawing, frame, marks, labels), data, f"{value_name} by {unit}: {words}")
+    words = ", ".join(
+        f"{bar.low:.3g} to {bar.high:.3g}: {short(v)}" for bar, v in zip(bars, values, strict=True)
+    )
+    return _figure(
+        title, legend, _plot(drawing, frame, marks, labels), data, f"{value_name} by {unit}: {words}"
+    )
 
 
 def _rect(bar: Bar, frame: Frame, unit: str, value_name: str) -> str:
@@ -174,7 +182,8 @@ def _rect(bar: Bar, frame: Frame, unit: str, value_name: str) -> str:
 def _label(bar: Bar, frame: Frame) -> str:
     assert bar.value is not None
     left, top = 100 * frame.x((bar.low + bar.high) / 2), 100 * frame.y(bar.value)
-    return f'<span class="value" style="left:{left:.2f}%;top:{top:.2f}%">{bar.value:.2g}</span>'
+    words = f"{bar.value:#.2g}" if bar.value < 10 else short(bar.value)
+    return f'<span class="value" style="left:{left:.2f}%;top:{top:.2f}%">{words}</span>'
 
 
 def _plot(drawing: str, frame: Frame, marks: Sequence[tuple[float, str]], labels: str = "") -> str:
@@ -183,11 +192,10 @@ def _plot(drawing: str, frame: Frame, marks: Sequence[tuple[float, str]], labels
     grid = "".join(f'<path class="grid" d="M0 {SIDE * frame.y(v):.1f}H{SIDE}"/>' for v in levels)
     left = "".join(f'<span class="y" style="top:{100 * frame.y(v):.2f}%">{short(v)}</span>' for v in levels)
     below = "".join(
-        f'<span class="x" style="left:{100 * frame.x(v):.2f}%">{escape(word)}</span>' for v, word in marks
+        f'<span class="x{" spare" * (i % 2 and len(marks) > 6)}" style="left:{100 * frame.x(v):.2f}%">{escape(word)}</span>'
+        for i, (v, word) in enumerate(marks)
     )
-    svg = (
-        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">{grid}{drawing}</svg>'
-    )
+    svg = f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">{grid}{drawing}</svg>'
     return f'<div class="plot">{svg}{left}{below}{labels}</div>'
 
 

@@ -92,13 +92,17 @@ def gallery(sets: Sequence[SampleSet], folder: Path, caption: Callable[[int], st
     made = "".join(_row(row) for row in rows(chosen, folder, caption))
     if not made:
         return ""
-    left_out = f"<p>{len(chosen)} of {len(sets)} sets of samples are shown.</p>" if len(chosen) < len(sets) else ""
+    left_out = (
+        f"<p>{len(chosen)} of {len(sets)} sets of samples are shown.</p>" if len(chosen) < len(sets) else ""
+    )
     return f"<section><h2>Samples</h2>{left_out}{made}</section>\n"
 
 
 def _row(row: Row) -> str:
     references = "".join(
-        _figure(one, "Reference" if len(row.references) == 1 else f"Reference {number}", row.prompt, "reference")
+        _figure(
+            one, "Reference" if len(row.references) == 1 else f"Reference {number}", row.prompt, "reference"
+        )
         for number, one in enumerate(row.references, 1)
     )
     pictures = "".join(_figure(one, caption, row.prompt, "sample") for caption, one in row.pictures)
@@ -116,7 +120,9 @@ def _details(settings: Mapping[str, str]) -> str:
         "guidance {embedded_cfg_scale}": ("embedded_cfg_scale",),
         "seed {seeds}": ("seeds",),
     }
-    known = [text.format(**settings) for text, names in words.items() if all(name in settings for name in names)]
+    known = [
+        text.format(**settings) for text, names in words.items() if all(name in settings for name in names)
+    ]
     return " · ".join(known)
 
 

@@ -25,6 +25,7 @@ from kontext.files import atomic_write
 from kontext.training.loop import Outcome
 
 SECONDS_BETWEEN_WRITES = 3.0
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Recorder:
         pairs = [
             [_plain(level), _plain(own)]
             for seen in outcome.seen
-            for level, own in zip(seen.t.tolist(), seen.own_losses.tolist(), strict=True)
+            for level, own in zip(seen.t.tolist(), seen.own_losses, strict=True)
         ]
         self._add(
             {
@@ -214,7 +215,7 @@ class Recorder:
 
     def _add(self, line: dict[str, Any]) -> None:
         self._columns.add(line)
-        self._waiting.append(json.dumps(line, separators=(",", ":")) + "\n")
+        self._waiting.append(ENCODER.encode(line) + "\n")
         if time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
             self.flush()
 

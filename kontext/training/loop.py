@@ -26,9 +26,9 @@ class Seen:
     share: float
 
     @property
-    def own_losses(self) -> Tensor:
-        """The loss (B,) of each item by itself."""
-        return self.losses * (len(self.t) / self.share)
+    def own_losses(self) -> list[float]:
+        """The loss of each item by itself, read from the device."""
+        return [loss * len(self.t) / self.share for loss in self.losses.tolist()]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from kontext import __version__
 from kontext.files import atomic_write
 from kontext.training.charts import Bar, Line, bar_chart, line_chart, short, thin
 from kontext.training.gallery import gallery
-from kontext.training.history import History
+from kontext.training.history import History, Validation
 from kontext.training.monitor import Smoothed
 from kontext.training.plan import Plan
 
 BINS = 20  # of the histogram of noise levels
 BANDS = 10  # of the loss by noise level
+SCALE = "0 clean, 1 noise"
 PACKAGES = ("accelerate", "bitsandbytes", "safetensors", "transformers")
 
 State = Literal["running", "finished", "interrupted", "stopped"]
@@ -49,6 +50,15 @@ class About:
     settings: tuple[Setting, ...]
     versions: Mapping[str, str]
     samples: Path
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number at the head of the page, with a remark."""
+
+    name: str
+    value: str
+    note: str
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -78,7 +88,6 @@ def page(history: History, *, about: About, state: State, note: str = "") -> str
     done = int(history.step[-1]) if len(history.step) else 0
     now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"
     average = smooth(history.loss)
-    facts = {"Step": f"{done:,} of {plan.steps:,}"} | _facts(history, average, plan, state)
     template = Template(files("kontext.training").joinpath("report.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"{about.name} · kontext training report"),
@@ -88,7 +97,7 @@ def page(history: History, *, about: About, state: State, note: str = "") -> str
         state_text=escape(f"{note} ({now})" if note else f"as of {now}"),
         steps=plan.steps,
         done=done,
-        facts="".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()),
+        facts="".join(map(_tile, _facts(history, average, plan, state))),
         charts=_charts(history, average),
         gallery=gallery(history.samples, about.samples, lambda step: when(step, plan)),
         settings=_settings(about.settings),
@@ -119,33 +128,45 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _facts(history: History, average: np.ndarray, plan: Plan, state: State) -> dict[str, str]:
+def _facts(history: History, average: np.ndarray, plan: Plan, state: State) -> list[Fact]:
     """What is to be seen first."""
-    done = len(history.step)
-    if not done:
-        return {"Epoch": f"0 of {plan.epochs:,}"}
-    pace = history.seconds / done
+    if not len(history.step):
+        return [Fact("Step", "0", f"of {plan.steps:,}")]
+    done = int(history.step[-1])
+    pace = history.seconds / len(history.step)
     speed = f"{pace:.2f} s/step" if pace >= 1 else f"{1 / max(pace, 1e-9):.1f} steps/s"
-    facts = {
-        "Epoch": f"{plan.epoch(int(history.step[-1]) - 1) + 1:,} of {plan.epochs:,}",
-        "Loss (average)": f"{average[-1]:.4g}",
-    }
-    if history.validation:
-        facts["Validation loss"] = f"{history.validation[-1].loss:.4g}"
-        best = min(history.validation, key=lambda one: one.loss)
-        facts["Best validation"] = f"{best.loss:.4g} at {best.step:,}"
-    rates = sorted({short(rate) for rate in history.rates[-1].tolist()}, key=float)
-    facts |= {"Learning rate": " / ".join(rates), "Speed": speed, "Time": duration(history.seconds)}
-    if state == "running":
-        facts["Time left"] = "about " + duration(pace * (plan.steps - int(history.step[-1])))
-    return facts
+    rates = list(dict.fromkeys(short(rate) for rate in history.rates[-1].tolist()))
+    left = f"about {duration(pace * (plan.steps - done))} left" if state == "running" else ""
+    return [
+        Fact("Step", f"{done:,}", f"of {plan.steps:,}"),
+        Fact("Epoch", f"{plan.epoch(done - 1) + 1:,}", f"of {plan.epochs:,}"),
+        Fact("Loss", f"{average[-1]:.4g}", "moving average"),
+        *_validation(history.validation),
+        Fact("Learning rate", rates[0] if rates else "–", " ".join(["and", *rates[1:]]) if rates[1:] else ""),
+        Fact("Speed", speed, "saving and sampling included"),
+        Fact("Time", duration(history.seconds), left),
+    ]
+
+
+def _validation(found: Sequence[Validation]) -> list[Fact]:
+    if not found:
+        return []
+    best = min(found, key=lambda one: one.loss)
+    return [Fact("Validation loss", f"{found[-1].loss:.4g}", f"best {best.loss:.4g} at step {best.step:,}")]
+
+
+def _tile(fact: Fact) -> str:
+    note = f'<dd class="small">{escape(fact.note)}</dd>' if fact.note else ""
+    return f"<div><dt>{escape(fact.name)}</dt><dd>{escape(fact.value)}</dd>{note}</div>"
 
 
 def _charts(history: History, average: np.ndarray) -> str:
     drawn = [
         line_chart("Loss", _loss(history, average)),
         line_chart("Learning rate", _rates(history)),
-        line_chart("Gradient norm", _raw_and_average(history.step, history.norm, smooth(history.norm), "norm")),
+        line_chart(
+            "Gradient norm", _raw_and_average(history.step, history.norm, smooth(history.norm), "norm")
+        ),
         noise_levels(history.levels),
         loss_by_level(history.levels, history.item_losses),
     ]
@@ -189,7 +210,7 @@ def noise_levels(levels: np.ndarray) -> str:
         Bar(low, high, float(count), f"{count / total:.1%} of all items")
         for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
     ]
-    return bar_chart("Noise levels drawn", bars, unit="noise level", value_name="items")
+    return bar_chart("Noise levels drawn", bars, legend=SCALE, unit="noise level", value_name="items")
 
 
 def loss_by_level(levels: np.ndarray, losses: np.ndarray) -> str:
@@ -204,13 +225,17 @@ def loss_by_level(levels: np.ndarray, losses: np.ndarray) -> str:
             edges[:-1].tolist(), edges[1:].tolist(), sums.tolist(), counts.tolist(), strict=True
         )
     ]
-    return bar_chart("Loss by noise level", bars, unit="noise level", value_name="mean loss", labelled=True)
+    return bar_chart(
+        "Loss by noise level", bars, legend=SCALE, unit="noise level", value_name="mean loss", labelled=True
+    )
 
 
 def _settings(settings: Sequence[Setting]) -> str:
     given = [(one.name, one.value) for one in settings if one.given]
     others = [(one.name, one.value) for one in settings if not one.given]
-    hidden = f"<details><summary>All other settings, at their defaults</summary>{_table('', others)}</details>"
+    hidden = (
+        f"<details><summary>All other settings, at their defaults</summary>{_table('', others)}</details>"
+    )
     return _table("Settings", given) + (hidden if others else "")
 
 
