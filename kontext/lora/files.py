@@ -140,7 +140,7 @@ def load_weights(modules: Mapping[str, LoraLinear], adapter: AdapterFile) -> lis
         if not deltas:
             missing.append(name)
             continue
-        factors = deltas[0].change if _is_whole(deltas, module) else fuse(deltas, module.base.out_features)
+        factors = fuse(deltas, module.base.out_features)
         if factors is None or factors.rank != module.rank:
             found = factors.rank if factors else "other"
             raise UserError(
@@ -279,12 +279,6 @@ def _nothing(path: Path, family: str, keys: list[str], skipped: list[str]) -> st
     return (
         f"{path}: none of its {len(keys)} keys{example} fits this transformer. It looks like {format_name}."
     )
-
-
-def _is_whole(deltas: tuple[Delta, ...], module: LoraLinear) -> bool:
-    rows = (0, module.base.out_features)
-    target = deltas[0].target
-    return len(deltas) == 1 and isinstance(deltas[0].change, LowRank) and (target.start, target.stop) == rows
 
 
 def _kind(change: Change) -> str:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -156,7 +157,7 @@ class Places:
         with torch.device("meta"):
             self.shapes = {k: tuple(v.shape) for k, v in Transformer(config).state_dict().items()}
         self.width = config.width
-        self._blocks = {True: config.single_blocks, False: config.double_blocks}
+        self._blocks = {"single": config.single_blocks, "double": config.double_blocks}
         self._table: dict[str, Place] = {}
         for tensor, shape in self.shapes.items():
             module, _, kind = tensor.rpartition(".")
@@ -177,11 +178,10 @@ class Places:
 
     def missing_block(self, stem: str) -> str | None:
         """A note on a block that the stem names and the model lacks: such a file is for another model."""
-        match = _BLOCK.search(normal(stem))
-        count = self._blocks[bool(match and match[1])]
-        if match is None or int(match[2]) < count:
+        kind, number = block_of(stem) or ("single", -1)
+        if number < self._blocks[kind]:
             return None
-        return f"block {match[2]} in {stem}, where this model has {count}"
+        return f"block {number} in {stem}, where this model has {self._blocks[kind]}"
 
     def tensor(self, place: Place, kind: str) -> str | None:
         """Name of the place's weight (a norm's is called scale) or bias; None if the model has none."""
@@ -208,6 +208,12 @@ class Places:
         if whole and blocks == "single" and kind == "qkv":
             return Place(module, 0, 3 * self.width)
         return whole
+
+
+def block_of(stem: str) -> tuple[Literal["single", "double"], int] | None:
+    """The kind and the number of the block that a stem names, in either layout."""
+    match = _BLOCK.search(normal(stem))
+    return ("single" if match[1] else "double", int(match[2])) if match else None
 
 
 def is_xlabs(stem: str) -> bool:

@@ -30,8 +30,47 @@ class Written(Options):
     )
 
 
-class Merge(Loras, Written, Common):
-    """Merge LoRAs into a checkpoint."""
+class MakingLora(Options):
+    """Making a LoRA (without --dit, or with --extract)"""
+
+    rank: int | None = option(
+        "Rank of the LoRA written; its best approximation is found by SVD. Without it ranks add up, exactly.",
+        default=None,
+        ge=1,
+        aliases=("new_rank",),
+    )
+    format: Literal["kohya", "diffusers", "bfl", "comfy"] = option(
+        "Names in the LoRA written: kohya (musubi-tuner, sd-scripts, ComfyUI), diffusers (also PEFT), "
+        "bfl (double_blocks...), comfy (diffusion_model.double_blocks...).",
+        default="kohya",
+    )
+    extract: Path | None = option(
+        "A fine-tuned transformer: write the LoRA of --rank that makes it out of --dit.", default=None
+    )
+
+
+class Averaging(Options):
+    """Averaging the checkpoints of a run (the LoRA files, by training step)"""
+
+    ema_beta: float | None = option(
+        "Share of the average that stays at each further file: 0.9 averages over about ten.",
+        default=None,
+        ge=0,
+        lt=1,
+    )
+    ema_beta2: float | None = option(
+        "The share at the last file; it goes there from --ema-beta in a straight line.",
+        default=None,
+        ge=0,
+        lt=1,
+    )
+    ema_sigma_rel: float | None = option(
+        "Width of a power-function average, as a part of the run, instead of --ema-beta.", default=None, gt=0
+    )
+
+
+class Merge(Loras, Written, MakingLora, Averaging, Common):
+    """Merge LoRAs into a checkpoint, or into one LoRA."""
 
     dit: Path | None = optional(Dit, "dit")
     save_merged_model: Path = option(
