@@ -31,8 +31,9 @@ def run(options: Generate) -> None:
     base = _request(options)
     requests = read_prompt_file(options.from_file, base) if options.from_file else [base]
     changing = options.interactive or any(request.multipliers is not None for request in requests)
-    writer = _writer(options)
-    kontext = Kontext(_files(options), _runtime(options), _loras(options, attach=changing))
+    loras = _loras(options, attach=changing)
+    writer = _writer(options, loras)
+    kontext = Kontext(_files(options), _runtime(options), loras)
     if options.latent_path:
         need(options, "vae", because="to decode latents (--latent-path)")
         _decode(kontext, options.latent_path, writer)
@@ -50,6 +51,8 @@ def _check_mode(options: Generate) -> None:
     used = [flag_name(name) for name in sources if getattr(options, name)]
     if len(used) > 1:
         raise UserError(f"{' and '.join(used)} cannot be used together; give one of them.")
+    if options.latent_path and options.output_type == "latent":
+        raise UserError("--latent-path makes pictures; leave out --output-type latent.")
     if not used:
         need(options, "prompt", because="to make a picture (or --from-file, --interactive, --latent-path)")
 
@@ -135,14 +138,14 @@ def _request(options: Generate) -> Request:
     )
 
 
-def _writer(options: Generate) -> Writer:
+def _writer(options: Generate, loras: Loras) -> Writer:
     """Where results go, with the settings that hold for the whole run. Raises UserError for a bad folder."""
     common = {"software": f"kontext {__version__}"}
     if options.dit is not None:
         common["dit"] = options.dit.name
     if options.lora_weight:
         common["lora_weight"] = "\n".join(path.name for path in options.lora_weight)
-        common["lora_multiplier"] = " ".join(map(str, options.lora_multiplier))
+        common["lora_multiplier"] = " ".join(map(str, loras.multipliers))
     writer = Writer(
         options.save_path,
         pictures=options.output_type != "latent",
@@ -157,8 +160,8 @@ def _writer(options: Generate) -> Writer:
 
 def _decode(kontext: Kontext, paths: Sequence[Path], writer: Writer) -> None:
     """Pictures from latent files, each named after its file and carrying its settings."""
-    for number, path in enumerate(paths, 1):
-        file = read_latent(path)
+    files = [read_latent(path) for path in paths]
+    for number, (path, file) in enumerate(zip(paths, files, strict=True), 1):
         stem = writer.stem(number, len(paths), file.seed, path.stem)
         writer.save_picture(stem, kontext.decode(file.latent), file.settings)
 

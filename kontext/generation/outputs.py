@@ -103,7 +103,7 @@ class Writer:
 
     `name` fixes the stem, and files of earlier runs are replaced; without it the stem is `<time>_<seed>`, and no
     file is ever overwritten. `common` are
-    settings of the whole run (model, LoRA), added to each result's own; `metadata` False leaves all out.
+    settings of the whole run (model, LoRA), to which each result adds its own; `metadata` False leaves all out.
     """
 
     def __init__(
@@ -166,4 +166,4 @@ class Writer:
             say(f"{path}  seed {settings.get('seeds', 'unknown')}")
 
     def _kept(self, settings: Mapping[str, str]) -> dict[str, str]:
-        return {**settings, **self.common} if self.metadata else {}
+        return {**self.common, **settings} if self.metadata else {}

@@ -230,11 +230,18 @@ class Kontext:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Image.Image:
-        """A latent (1, C, h, w) to an RGB picture. Raises UserError when the autoencoder yields NaN."""
-        pixels = self.autoencoder().decode(latent.to(self.runtime.device, self.runtime.vae_dtype))[0]
-        _check_finite(
-            pixels, "Decoding: the pixels became NaN or infinite", "--vae-dtype", self.runtime.vae_dtype
-        )
+        """A latent (1, C, h, w) to an RGB picture.
+
+        Raises UserError for a latent of another autoencoder, and when decoding yields NaN.
+        """
+        model, dtype = self.autoencoder(), self.runtime.vae_dtype
+        channels = model.config.latent_channels
+        if latent.shape[1] != channels:
+            raise UserError(
+                f"The latent has {latent.shape[1]} channels, but this autoencoder decodes {channels}."
+            )
+        pixels = model.decode(latent.to(self.runtime.device, dtype))[0]
+        _check_finite(pixels, "Decoding: the pixels became NaN or infinite", "--vae-dtype", dtype)
         return to_image(pixels)
 
 

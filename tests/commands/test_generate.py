@@ -14,63 +14,10 @@ from kontext.generation.outputs import save_latent
 
 
 @pytest.fixture
-def models(tiny_files):
-    return {
-        "--dit": tiny_files.dit,
-        "--vae": tiny_files.vae,
-        "--text-encoder1": tiny_files.t5,
-        "--text-encoder2": tiny_files.clip,
-        "--tokenizer1": tiny_files.t5_tokenizer,
-        "--tokenizer2": tiny_files.clip_tokenizer,
-    }
-
-
-@pytest.fixture
-def generate(models, tmp_path, capsys):
-    """Run the command on the small models; `out` is the folder of results, None for an option leaves it out."""
-
-    def run(*more, out=tmp_path / "out", size=(64, 64), **changes):
-        options = models | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-        given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
-        given += ["--device", "cpu", "--dtype", "float32", "--t5-max-length", "16", "--infer-steps", "2"]
-        given += ["--image-size", *map(str, size)] if size else []
-        code = main(["generate", *given, "--save-path", str(out), *map(str, more)])
-        return code, " ".join(capsys.readouterr().err.split())
-
-    run.models = models
-    return run
-
-
-@pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)).save(path)
     return path
-
-
-@pytest.fixture
-def lora(tiny_files, tmp_path):
-    """A LoRA of rank 2 in kohya's names, and the transformer with it merged by hand, in float32."""
-    base = load_file(tiny_files.dit)
-    adapter, generator = {}, torch.Generator().manual_seed(0)
-    for name in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
-        rows, columns = base[f"{name}.weight"].shape
-        stem = "lora_unet_" + name.replace(".", "_")
-        adapter[f"{stem}.lora_down.weight"] = torch.randn(2, columns, generator=generator) / 8
-        adapter[f"{stem}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) / 4
-        adapter[f"{stem}.alpha"] = torch.tensor(1.0)
-        product = adapter[f"{stem}.lora_up.weight"] @ adapter[f"{stem}.lora_down.weight"]
-        base[f"{name}.weight"] += 0.5 * product  # alpha / rank
-    save_file(adapter, tmp_path / "lora.safetensors")
-    save_file(base, tmp_path / "merged.safetensors")
-    return tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
-
-
-def latent(generate, folder, name, *more, **changes):
-    options = ("--prompt", "red", "--seed", 1, "--output-type", "latent", "--output-name", name)
-    code, said = generate(*options, *more, **changes)
-    assert code == 0, said
-    return load_file(folder / "out" / f"{name}.safetensors")["latent"]
 
 
 def files(folder):
@@ -197,58 +144,31 @@ def test_interactive_goes_on_after_mistakes_and_ends_with_the_input(generate, tm
     assert "This line: unknown option --q" in said and "8x64 pixels" in said
 
 
-def test_a_lora_acts_like_the_merged_model(generate, tmp_path, lora):
-    file, merged = lora
-    plain = latent(generate, tmp_path, "plain")
-    expected = latent(generate, tmp_path, "merged", dit=merged)
-    found = latent(generate, tmp_path, "lora", "--lora-weight", file)
-    assert (found - expected).abs().max() < 1e-5 < 1e-2 < (plain - expected).abs().max()
-    nothing = latent(generate, tmp_path, "nothing", "--lora-weight", file, "--lora-multiplier", 0)
-    assert (nothing - plain).abs().max() < 1e-5
-    twice = latent(generate, tmp_path, "twice", "--lora-weight", file, file, "--lora-multiplier", 0.25, 0.75)
-    assert (twice - expected).abs().max() < 1e-5
+def test_ctrl_c_stops_the_picture_then_the_program(generate, monkeypatch):
+    lines, made = iter(["red --d 1", "red --d 2"]), []
+
+    def typed(*_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    def run_batch(kontext, requests, writer):
+        made.extend(request.seed for request in requests)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("kontext.commands.generate.run_batch", run_batch)
+    code, said = generate("--interactive")
+    assert code == 130 and made == [1, 2] and "Stopped." in said
 
 
-def test_strengths_in_prompt_lines(generate, tmp_path, lora):
-    plain = latent(generate, tmp_path, "plain")
-    full = latent(generate, tmp_path, "full", "--lora-weight", lora[0])
-    (tmp_path / "p.txt").write_text("red --m 0\nred --m 1\nred\nred --m 1 2\n")
-    options = ("--seed", 1, "--output-type", "latent", "--output-name", "x", "--lora-weight", lora[0])
-    code, said = generate("--from-file", tmp_path / "p.txt", *options)
-    assert code == 2 and "2 LoRA strengths are given, but there are 1 LoRA files" in said
-    found = [load_file(tmp_path / "out" / f"x_00{i}.safetensors")["latent"] for i in (1, 2, 3)]
-    for one, expected in zip(found, (plain, full, full), strict=True):
-        assert (one - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("flag", ["--fp8", "--fp8-scaled"])
-def test_a_lora_survives_quantisation(generate, tmp_path, lora, flag):
-    """The LoRA's effect on the quantised model is its effect on the whole one, not lost to rounding."""
-    small = ("--lora-weight", lora[0], "--lora-multiplier", 0.02)
-    effect = latent(generate, tmp_path, "a", *small) - latent(generate, tmp_path, "b")
-    quantised = latent(generate, tmp_path, "c", *small, flag) - latent(generate, tmp_path, "d", flag)
-    assert (quantised - effect).norm() < 0.3 * effect.norm()
-
-
-def test_save_merged_model_is_merge_and_makes_no_picture(generate, tmp_path, lora):
-    file, merged = lora
-    code, _ = generate(
-        "--lora-weight", file, "--save-merged-model", tmp_path / "out.safetensors", "--prompt", "x"
-    )
-    assert code == 0 and not (tmp_path / "out").exists()
-    found, expected = load_file(tmp_path / "out.safetensors"), load_file(merged)
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
-    code = main(
-        f"merge --dit {generate.models['--dit']} --lora-weight {file} --output {tmp_path / 'cmd.safetensors'}".split()
-    )
-    assert code == 0
-    assert (tmp_path / "cmd.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
-
-
-def test_save_merged_model_without_a_lora(generate, tmp_path):
-    code, said = generate("--save-merged-model", tmp_path / "out.safetensors")
-    assert code == 2 and "--lora-weight" in said
+def test_a_latent_of_another_autoencoder_is_refused(generate, tmp_path):
+    save_latent(tmp_path / "a.safetensors", torch.randn(1, 4, 8, 8), {})
+    code, said = generate("--latent-path", tmp_path / "a.safetensors")
+    assert code == 2 and "The latent has 4 channels, but this autoencoder decodes 16" in said
 
 
 def test_nan_latents_stop_the_run(generate, tmp_path, tiny_files):
@@ -283,6 +203,11 @@ BAD = {
     "small": (["--prompt", "x"], {"size": (32, 64)}, "64x32 pixels; both sides need at least 64"),
     "missing reference": (["--prompt", "x", "--control-image", "no.png"], {}, "no.png: no such file"),
     "missing latent": (["--latent-path", "no.safetensors"], {}, "no.safetensors: not a readable latent file"),
+    "latents to latents": (
+        ["--latent-path", "x", "--output-type", "latent"],
+        {},
+        "--latent-path makes pictures",
+    ),
     "missing prompts": (["--from-file", "no.txt"], {}, "no.txt: the prompt file cannot be read"),
     "steps": (["--prompt", "x", "--infer-steps", "0"], {}, "--infer-steps"),
     "name": (["--prompt", "x", "--output-name", "a/b"], {}, "--output-name"),
