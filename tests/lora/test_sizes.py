@@ -30,6 +30,7 @@ def test_kronecker_and_hadamard_factors_tell_it_too(tmp_path: Path):
     for algo in ("lokr", "loha"):
         LycorisNetwork.apply_preset({"lora_prefix": "lycoris", "target_module": ["Linear"]})
         network = create_lycoris(diffusers_model(), 1.0, linear_dim=2, algo=algo, factor=4)
+        network.apply_to()
         path = save(tmp_path / f"{algo}.safetensors", network.state_dict())
         assert config_for([path]).width == CONFIG.width
 
