@@ -42,7 +42,7 @@ def run(options: Train) -> None:
     batches = _batches(options, seed)
     plan = values.plan(options, len(batches.sizes(0)), team.size)
     settings = values.course(options, batches, plan, seed)
-    _check_same(start, settings)
+    _check_same(start, settings, plan)
 
     kontext = Kontext(values.files(options), values.runtime(options, team.device))
     samples = _samples(options, kontext, seed) if team.leads else []
@@ -52,7 +52,9 @@ def run(options: Train) -> None:
     _introduce(plan, batches, modules)
 
     weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
-    export = values.export(options, modules, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights)
+    export = values.export(
+        options, modules, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights
+    )
     kept = journal(options, names, plan, start, seed=seed, team=team)
     drawn = Previews(
         kontext,
@@ -120,14 +122,28 @@ def _batches(options: Train, seed: int) -> Batches:
     return batches
 
 
-def _check_same(start: Start, settings: dict[str, object]) -> None:
-    """Raises UserError if the run that goes on had other settings: it would not be the same run any more."""
-    changed = changed_settings(start.progress.settings, settings) if start.folder else {}
-    if changed:
-        differences = ", ".join(f"{name} was {before}, now {now}" for name, (before, now) in changed.items())
+def _check_same(start: Start, settings: dict[str, object], plan: Plan) -> None:
+    """Compares with the run that goes on: warns of what changes its course.
+
+    Raises UserError if its network, optimizer or batches are others: its state would mean nothing.
+    """
+    if start.folder is None:
+        return
+    if start.progress.step > plan.steps:
         raise UserError(
-            f"--resume {start.folder}: {differences}. Give the same values, or begin a new run from the adapter "
-            "with --network-weights."
+            f"--resume {start.folder}: {start.progress.step} steps are done already, and the run is to have "
+            f"{plan.steps}. Raise --max-train-steps or --max-train-epochs."
+        )
+    changed = changed_settings(start.progress.settings, settings)
+    told = {name: f"{name} was {before}, now {now}" for name, (before, now) in changed.items()}
+    if fixed := [words for name, words in told.items() if name in values.FIXED]:
+        raise UserError(
+            f"--resume {start.folder}: {', '.join(fixed)}. Give the same values, or begin a new run from the "
+            "adapter with --network-weights."
+        )
+    if told:
+        console.warn(
+            f"{', '.join(told.values())}: the run goes on, but not as it would have without the change."
         )
 
 
@@ -151,7 +167,9 @@ def _model(
         missing = load_weights(modules, adapter)
         console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
         if missing:
-            console.warn(f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}.")
+            console.warn(
+                f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}."
+            )
     offload = options.gradient_checkpointing_cpu_offload
     if offload and kontext.runtime.device.type == "cpu":
         console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")

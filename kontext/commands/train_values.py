@@ -39,7 +39,7 @@ from kontext.training.saving import Keep, SaveRules
 from kontext.training.schedules import LearningRate
 from kontext.training.team import Team
 
-# Options that change the course of training: a run goes on from a state only with the same values.
+# Options that change the course of training: a run goes on from a state as if never stopped only with the same values.
 COURSE = (
     "network_module", "network_dim", "network_alpha", "network_dropout", "network_args", "timestep_sampling",
     "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
@@ -47,6 +47,11 @@ COURSE = (
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps",
     "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio",
     "max_grad_norm", "fp8", "fp8_scaled",
+)  # fmt: skip
+# Of these and the other settings, those without which a state means nothing.
+FIXED = (
+    "network_module", "network_dim", "network_alpha", "network_args", "optimizer_type", "optimizer_args", "seed",
+    "batches per step", "dataset",
 )  # fmt: skip
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 NETWORK_MODULE = "networks.lora_flux"  # what sd-scripts and musubi-tuner call this network in their files
@@ -97,7 +102,9 @@ def log(options: Train, team: Team) -> Log:
     """Where values are logged to: nowhere unless logs are asked for."""
     if _tracker(options) is None:
         return lambda values, step: None
-    team.accelerator.init_trackers("kontext", config={name: str(v) for name, v in options.model_dump().items()})
+    team.accelerator.init_trackers(
+        "kontext", config={name: str(v) for name, v in options.model_dump().items()}
+    )
     return lambda values, step: team.accelerator.log(dict(values), step=step)
 
 

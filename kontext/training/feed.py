@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -65,6 +66,16 @@ def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
     )
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What holds for all batches of an epoch: their sizes, the items before each, and uniform numbers if stratified."""
+
+    number: int
+    sizes: list[int]
+    starts: list[int]
+    pool: Tensor | None
+
+
 class Examples(Dataset["Example | UserError"]):
     """Examples by place. A worker process holds a copy; nothing in it changes but a memory of the last epoch."""
 
@@ -73,7 +84,7 @@ class Examples(Dataset["Example | UserError"]):
         self.plan = plan
         self.seed = seed
         self.buckets = buckets
-        self._pool: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._memory: Epoch | None = None
 
     def __getitem__(self, place: Place) -> "Example | UserError":
         """The example, or what is wrong: raised in a worker, the message would arrive buried in a traceback."""
@@ -84,26 +95,31 @@ class Examples(Dataset["Example | UserError"]):
 
     def example(self, step: int, index: int) -> Example:
         """Raises UserError when the caches have gone."""
-        epoch = self.plan.epoch(step)
-        sizes = self.batches.sizes(epoch)
-        batch = self.batches.load(epoch, index)
+        epoch = self._epoch(self.plan.epoch(step))
+        batch = self.batches.load(epoch.number, index)
         return Example(
-            epoch=epoch,
+            epoch=epoch.number,
             index=index,
-            share=sizes[index] / sum(sizes[i] for i in self.plan.group(step)),
+            share=epoch.sizes[index] / sum(epoch.sizes[i] for i in self.plan.group(step)),
             batch=batch,
-            noise=draw_noise(tuple(batch.latents.shape), self.seed, epoch, index),
-            u=self._uniform(epoch, index, sizes),
+            noise=draw_noise(tuple(batch.latents.shape), self.seed, epoch.number, index),
+            u=self._uniform(epoch, index),
         )
 
-    def _uniform(self, epoch: int, index: int, sizes: list[int]) -> Tensor:
-        if not self.buckets:
-            return draw_uniform(sizes[index], self.seed, epoch, index)
-        if self._pool[0] != epoch:
-            generator = generator_of("stratified", self.seed, epoch)
-            self._pool = epoch, stratified(sum(sizes), self.buckets, generator)
-        start = sum(sizes[:index])
-        return self._pool[1][start : start + sizes[index]]
+    def _epoch(self, number: int) -> Epoch:
+        if self._memory is None or self._memory.number != number:
+            sizes = self.batches.sizes(number)
+            starts = [0, *accumulate(sizes)]
+            pool = None
+            if self.buckets:
+                pool = stratified(starts[-1], self.buckets, generator_of("stratified", self.seed, number))
+            self._memory = Epoch(number, sizes, starts, pool)
+        return self._memory
+
+    def _uniform(self, epoch: Epoch, index: int) -> Tensor:
+        if epoch.pool is None:
+            return draw_uniform(epoch.sizes[index], self.seed, epoch.number, index)
+        return epoch.pool[epoch.starts[index] : epoch.starts[index + 1]]
 
 
 def places(plan: Plan, *, first_step: int, rank: int) -> list[Place]:

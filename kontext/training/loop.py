@@ -17,6 +17,15 @@ from kontext.training.team import Team
 
 
 @dataclass(frozen=True)
+class Item:
+    """An item of a step, its noise level and its own loss."""
+
+    key: str
+    t: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Seen:
     """Which items a loss is of, and at which noise levels. losses (B,): each item's part of the step's; share: theirs."""
 
@@ -24,6 +33,10 @@ class Seen:
     t: Tensor
     losses: Tensor
     share: float
+
+    def items(self) -> list[Item]:
+        """One by one, read from the device."""
+        return list(map(Item, self.keys, self.t.tolist(), self.own_losses))
 
     @property
     def own_losses(self) -> list[float]:

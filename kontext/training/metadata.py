@@ -20,7 +20,13 @@ BASE_MODEL = "flux_kontext"
 ARCHITECTURE = "flux-1-dev/lora"  # sd-scripts' spelling, which tools for LoRA files look for
 IMPLEMENTATION = "https://github.com/black-forest-labs/flux"
 LEGACY_HASH_OFFSET, LEGACY_HASH_LENGTH = 0x100000, 0x10000
-NETWORK = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+NETWORK = (
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
 
 # Options that are written as they are, under `ss_` and their name.
 COPIED = (

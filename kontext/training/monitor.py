@@ -1,5 +1,6 @@
 """What a person sees of a run: the live line, the logs, and the end when a loss is no number."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,13 +60,16 @@ class Monitor:
         record: Record,
         last_state: Callable[[], Path | None],
         notes: Mapping[str, Any],
+        scaled: bool = False,
     ) -> None:
+        """scaled: the loss is scaled for float16, where a step with an infinite gradient is left out and harmless."""
         self.plan = plan
         self.team = team
         self.progress = progress
         self.log = log
         self.record = record
         self.last_state = last_state
+        self.scaled = scaled
         self.smoothed = Smoothed(**notes)
         self.pending: list[Outcome] = []
         self.read_at = time.perf_counter()
@@ -83,20 +87,22 @@ class Monitor:
     def flush(self) -> None:
         """Reads what has not been read yet.
 
-        Raises UserError at a loss that is NaN or infinite, naming the step, the items and their noise levels.
+        Raises UserError at a loss or a gradient that is NaN or infinite, naming the step, the items and their noise levels.
         """
         if not self.pending:
             return
         outcomes, self.pending = self.pending, []
         losses = self.team.sum(torch.stack([outcome.loss for outcome in outcomes])).tolist()
         for outcome, loss in zip(outcomes, losses, strict=True):
-            if not torch.isfinite(torch.tensor(loss)):
-                raise UserError(self._breakdown(outcome, loss))
-            self._record(outcome, loss)
+            norm = outcome.norm.item()
+            if not math.isfinite(loss):
+                raise UserError(self._breakdown(outcome, f"loss became {loss}"))
+            if not (math.isfinite(norm) or self.scaled):
+                raise UserError(self._breakdown(outcome, f"gradient became {norm}"))
+            self._record(outcome, loss, norm)
         self._show(outcomes)
 
-    def _record(self, outcome: Outcome, loss: float) -> None:
-        norm = outcome.norm.item()
+    def _record(self, outcome: Outcome, loss: float, norm: float) -> None:
         values = {"loss/current": loss, "loss/average": self.smoothed.add(loss), "grad_norm": norm}
         values |= {f"lr/group{i}": rate for i, rate in enumerate(outcome.rates)}
         self.log(values, outcome.step + 1)
@@ -114,17 +120,18 @@ class Monitor:
             f"lr {last.rates[0]:.2e}  {speed:.3g} images/s  {memory(self.team.device) / GIGABYTE:.1f} GB",
         )
 
-    def _breakdown(self, outcome: Outcome, loss: float) -> str:
-        bad = [
-            f"{key} (timestep {1000 * t:.0f})"
-            for seen in outcome.seen
-            for key, t, value in zip(seen.keys, seen.t.tolist(), seen.losses.tolist(), strict=True)
-            if value - value != 0
-        ]
+    def _breakdown(self, outcome: Outcome, what: str) -> str:
+        seen = [item for part in outcome.seen for item in part.items()]
+        bad = [item for item in seen if not math.isfinite(item.loss)] or seen
+        named = ", ".join(f"{item.key} (timestep {1000 * item.t:.0f})" for item in bad)
         state = self.last_state()
-        remedy = f"Go back with --resume {state}" if state else "No state was saved (see --save-state): start again"
+        remedy = (
+            f"Go back with --resume {state}"
+            if state
+            else "No state was saved (see --save-state): start again"
+        )
         return (
-            f"The loss became {loss} at step {outcome.step + 1}, with {', '.join(bad) or 'items of another process'}. "
+            f"The {what} at step {outcome.step + 1}, with {named or 'items of another process'}. "
             f"Nothing was saved since. {remedy}, with a lower --learning-rate, or --dtype bfloat16 if it was float16."
         )
 

@@ -91,7 +91,9 @@ def parameters_of(modules: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
     }
 
 
-def groups_of(parameters: Mapping[str, nn.Parameter], *, rate: float, plus_ratio: float) -> list[dict[str, Any]]:
+def groups_of(
+    parameters: Mapping[str, nn.Parameter], *, rate: float, plus_ratio: float
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: one, or with LoRA+ one for each of the two factors."""
     if plus_ratio == 1:
         return [{"params": list(parameters.values()), "lr": rate}]

@@ -68,7 +68,9 @@ def make_optimizer(
         known = [key for key in inspect.signature(optimizer).parameters if key != "params"]
         raise UserError(f"--optimizer-args: {error}. {name} takes {', '.join(known)}.") from error
     if optimizer.__name__ == "Prodigy" and made.param_groups[0]["lr"] < LEAST_PRODIGY_RATE:
-        console.notice("Prodigy finds the learning rate itself and multiplies it with --learning-rate: give 1.")
+        console.notice(
+            "Prodigy finds the learning rate itself and multiplies it with --learning-rate: give 1."
+        )
     if hasattr(made, "train"):
         made.train()
     return made

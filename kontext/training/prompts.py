@@ -68,7 +68,9 @@ def _line(line: str, base: Request, where: str) -> Request:
     prompt, *pieces = line.split(" --")
     kept = [piece for piece in pieces if piece.split(" ")[0].lower() not in OTHER_MODELS]
     if len(kept) < len(pieces):
-        console.notice(f"{where}: options of other models are left out: {' '.join(sorted(set(pieces) - set(kept)))}.")
+        console.notice(
+            f"{where}: options of other models are left out: {' '.join(sorted(set(pieces) - set(kept)))}."
+        )
     return parse_line(" --".join((prompt, *kept)), base, where)
 
 

@@ -75,7 +75,9 @@ class Saver:
         if by_epoch:
             self.write_adapter(self.names.at_epoch(epoch), done)
         if self.rules.with_state and (by_step or by_epoch):
-            self.save_state(self.names.at_epoch(epoch, STATE) if by_epoch else self.names.at_step(done, STATE), done)
+            self.save_state(
+                self.names.at_epoch(epoch, STATE) if by_epoch else self.names.at_step(done, STATE), done
+            )
         for ending, keep in ((ADAPTER, self.rules.adapters), (STATE, self.rules.states)):
             if by_step and keep.steps:
                 _delete_below(self.names.steps(ending), done - keep.steps)

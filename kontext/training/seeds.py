@@ -32,5 +32,8 @@ def draw_noise(shape: tuple[int, ...], *place: int | str) -> Tensor:
 
 def draw_uniform(count: int, *place: int | str) -> Tensor:
     """`count` uniform numbers, float64, each from its own seed."""
-    rows = [torch.rand((), generator=generator_of("uniform", *place, row), dtype=torch.float64) for row in range(count)]
+    rows = [
+        torch.rand((), generator=generator_of("uniform", *place, row), dtype=torch.float64)
+        for row in range(count)
+    ]
     return torch.stack(rows)

@@ -67,7 +67,10 @@ class Session:
 
     def _run(self) -> None:
         plan, first = self.examples.plan, self.start.progress.step
-        with Interrupts() as interrupts, console.progress("train", plan.steps, unit="step", done=first) as progress:
+        with (
+            Interrupts() as interrupts,
+            console.progress("train", plan.steps, unit="step", done=first) as progress,
+        ):
             monitor = Monitor(
                 plan,
                 self.team,
@@ -76,6 +79,7 @@ class Session:
                 record=self.journal.step,
                 last_state=lambda: saver.last_state,
                 notes=self.start.progress.notes,
+                scaled=self.updates.scaler.is_enabled(),
             )
             saver = self._saver(monitor)
             if first == 0 and self._previews and self._previews.rhythm.at_first:
@@ -84,7 +88,7 @@ class Session:
             monitor.flush()
         if self.team.leads:
             saver.finish()
-        self.team.wait()
+        self.team.finish()
 
     @property
     def _previews(self) -> Previews | None:

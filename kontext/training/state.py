@@ -104,7 +104,9 @@ def load_state(folder: Path, *, parameters: Mapping[str, nn.Parameter], optimize
         structure = json.loads(file.metadata()["optimizer"])
     saved = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
-        raise UserError(f"--resume {folder}: the state is of another network: give the same --network options.")
+        raise UserError(
+            f"--resume {folder}: the state is of another network: give the same --network options."
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

@@ -41,8 +41,11 @@ class Team:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor([flag], device=self.device).int()).item())
+        return (
+            flag if self.size == 1 else bool(self.sum(torch.tensor([flag], device=self.device).int()).item())
+        )
 
-    def wait(self) -> None:
-        """Wait until every process has come here."""
+    def finish(self) -> None:
+        """Wait until every process has come here, then close logs and the connection."""
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()

@@ -206,13 +206,18 @@ def test_a_resumed_run_writes_the_same_bytes(name: str, cached: Cached, tmp_path
     assert (broken / "edit.safetensors").read_bytes() == (whole / "edit.safetensors").read_bytes()
 
 
-def test_resuming_with_other_settings_is_refused(
+def test_resuming_with_other_settings(
     cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(cached, tmp_path, "--max-train-steps", "1", "--save-state")) == 0
-    state = ["--resume", str(tmp_path / "edit-state")]
-    assert main(words(cached, tmp_path, "--max-train-steps", "2", *state, "--learning-rate", "2e-3")) == 2
-    assert "learning_rate was 0.001, now 0.002" in capsys.readouterr().err
+    assert main(words(cached, tmp_path, "--max-train-steps", "2", "--save-state")) == 0
+    state = ["--resume", str(tmp_path / "edit-state"), "--max-train-steps", "3"]
+    capsys.readouterr()
+    assert main(words(cached, tmp_path, *state, "--network-dim", "8")) == 2
+    assert "network_dim was 4, now 8" in capsys.readouterr().err
+    assert main(words(cached, tmp_path, *state, "--max-train-steps", "1")) == 2
+    assert "2 steps are done already" in capsys.readouterr().err
+    assert main(words(cached, tmp_path, *state, "--learning-rate", "2e-3")) == 0
+    assert "learning_rate was 0.001, now 0.002: the run goes on" in capsys.readouterr().err
 
 
 def test_a_torn_state_is_ignored_for_the_one_before(cached: Cached, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,16 @@ def test_a_loss_that_is_no_number_is_traced_to_its_item(bad: float) -> None:
     watching, _, _ = monitor(Path("out/a-state"))
     with pytest.raises(UserError, match=r"step 3, with item1 \(timestep 250\).*--resume out/a-state"):
         watching(outcome(2, 1.0, bad))
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_too() -> None:
+    watching, _, _ = monitor()
+    broken = replace(outcome(2, 1.0), norm=torch.tensor(float("nan")))
+    with pytest.raises(UserError, match=r"gradient became nan at step 3, with item0 \(timestep 250\)"):
+        watching(broken)
+
+
+def test_with_a_scaled_loss_an_infinite_gradient_is_normal() -> None:
+    watching, _, _ = monitor()
+    watching.scaled = True
+    watching(replace(outcome(2, 1.0), norm=torch.tensor(float("inf"))))
