@@ -116,11 +116,10 @@ def _frame(lines: Sequence[Line]) -> Frame:
         float(np.nanquantile(line.y, 1 - OUTLIERS) if line.look == "raw" else np.nanmax(line.y))
         for line in lines
     )
-    bottom = 0.0 if low > 0 and low < 0.6 * high else low - 0.05 * (high - low)
-    top = high + 0.06 * (high - bottom) or 1.0
-    bottom = 0.0 if low >= 0 and bottom < 0 else bottom
-    top = top if top > bottom else bottom + (abs(bottom) or 1.0)
-    return Frame(left, right if right > left else left + 1, bottom, top)
+    near = low >= 0 and (low < 0.6 * high or low >= high)
+    bottom = 0.0 if near else low - 0.05 * (high - low)
+    top = high + 0.06 * (high - bottom)
+    return Frame(left, right if right > left else left + 1, bottom, top if top > bottom else bottom + 1)
 
 
 def _path(line: Line, frame: Frame) -> str:

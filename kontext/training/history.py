@@ -77,7 +77,7 @@ class History:
         ends = [sitting.row for sitting in self.sittings[1:]] + [len(self.time)]
         spans = [
             self.time[end - 1] - sitting.time
-            for sitting, end in zip(self.sittings, ends, strict=True)
+            for sitting, end in zip(self.sittings, ends, strict=False)
             if end > sitting.row
         ]
         return float(sum(spans))
