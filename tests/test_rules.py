@@ -22,7 +22,7 @@ BELOW_COMMANDS = GROUND | MATHS | {"checkpoints", "lora", "data", "generation", 
 
 # Part of the package -> the other parts it may import. Imports point downward only.
 LAYERS: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"generation"},  # the door for programs, opened when it is asked for
     "__main__": {"cli"},
     "cli": {"app", "options", "commands", "console", "errors", "__version__"},
     "app": {"options"},

@@ -95,12 +95,14 @@ def fill(
     select: Callable[[str], bool] | None = None,
     mode: Mode | None = None,
     edit: Edit | None = None,
+    on_host: Callable[[str], bool] | None = None,
 ) -> None:
     """Read every tensor of a meta model, in the order of the file, to its device and dtype.
 
     dtype: by tensor name. select: names of the linears that `mode` turns into `EightBitLinear`; what the
-    file has in fp8 stays as it is there. edit: see `load_transformer`. Only one tensor at a time exists in
-    another form than its last one. Names with the same origin share their tensor.
+    file has in fp8 stays as it is there. edit: see `load_transformer`. on_host: names of tensors that end on
+    the CPU, whatever the device is. Only one tensor at a time exists in another form than its last one. Names
+    with the same origin share their tensor.
     """
     model.requires_grad_(False)
     state: dict[str, Tensor] = {}
@@ -116,10 +118,12 @@ def fill(
         layer, _, parameter = name.rpartition(".")
         if mode and select and parameter == "weight" and select(layer):
             weight = _quantised(source, origin, name, device, mode, edit)
-            state |= _put_quantised(model, layer, weight)
+            made = _put_quantised(model, layer, weight)
         else:
             value = _edited(_whole(source, origin, device), name, edit)
-            state[name] = value.to(dtype(name)).view(shapes[name])
+            made = {name: value.to(dtype(name)).view(shapes[name])}
+        stays = on_host is not None and on_host(name)
+        state |= {key: tensor.cpu() if stays else tensor for key, tensor in made.items()}
     model.load_state_dict(state, strict=True, assign=True)
     model.eval()
 

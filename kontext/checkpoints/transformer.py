@@ -1,5 +1,6 @@
 """The FLUX transformer from its file: BFL or diffusers layout, sizes read from the tensors' shapes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ def load_transformer(
     dtype: torch.dtype,
     quantization: Mode | None = None,
     edit: Edit | None = None,
+    on_host: Callable[[TransformerConfig], Callable[[str], bool]] | None = None,
 ) -> Transformer:
     """Load a transformer, frozen and in evaluation mode.
 
@@ -29,6 +31,7 @@ def load_transformer(
     edit: called with each tensor's BFL name (`double_blocks.0.img_attn.qkv.weight`) and its value, on
     `device`, in the file's dtype (float32 where that is fp8), before the value is cast or quantised. It
     returns the very same tensor, or a new one of any float dtype; it never changes the one it is given.
+    on_host: of a model of these sizes, the names of tensors that stay in host memory (`memory.placement`).
 
     Raises UserError when the file is not a complete FLUX transformer.
     """
@@ -48,6 +51,7 @@ def load_transformer(
         select=linears.__contains__,
         mode=quantization,
         edit=edit,
+        on_host=on_host(config) if on_host else None,
     )
     return model
 

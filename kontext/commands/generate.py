@@ -8,6 +8,7 @@ from kontext.backends import attention_backend
 from kontext.checkpoints import open_source
 from kontext.checkpoints.recognise import Kind
 from kontext.commands.merge import merge_into_checkpoint
+from kontext.commands.placing import placement
 from kontext.console import ask, error, say, table
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
@@ -108,8 +109,9 @@ def _loras(options: Generate, *, attach: bool) -> Loras:
 
 
 def _runtime(options: Generate) -> Runtime:
+    device = resolve_device(options.device)
     return Runtime(
-        device=resolve_device(options.device),
+        device=device,
         dtype=resolve_dtype(options.dtype),
         vae_dtype=resolve_dtype(options.vae_dtype),
         quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
@@ -117,6 +119,7 @@ def _runtime(options: Generate) -> Runtime:
         fp8_t5=options.fp8_t5,
         t5_max_length=options.t5_max_length,
         keep=options.interactive,
+        placement=placement(options, device),
     )
 
 

@@ -25,6 +25,7 @@ from kontext.errors import UserError
 from kontext.lora.branches import attach_adapters
 from kontext.lora.merge import merging
 from kontext.lora.report import read_adapters
+from kontext.memory.placement import Placement
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer
 
@@ -45,7 +46,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute. `keep` leaves models loaded between pictures instead of freeing each after use."""
+    """Where and how to compute. `keep` leaves models loaded between pictures instead of freeing each after use.
+
+    `placement` is for the transformer; who attaches adapters applies it then.
+    """
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
@@ -55,6 +59,7 @@ class Runtime:
     fp8_t5: bool = False
     t5_max_length: int = 512
     keep: bool = False
+    placement: Placement = Placement()
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,17 @@ def open_transformer(
     attach = bool(adapters) and (loras.attach or runtime.quantization is not None)
     edit = merging(adapters, strengths, **patterns) if adapters and not attach else None
     model = load_transformer(
-        path, device=runtime.device, dtype=runtime.dtype, quantization=runtime.quantization, edit=edit
+        path,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        quantization=runtime.quantization,
+        edit=edit,
+        on_host=runtime.placement.on_host,
     )
     use_attention(model, attention_backend(runtime.attention))
-    return model, attach_adapters(model, adapters, strengths, **patterns).strengths if attach else None
+    if not attach:
+        return model, None
+    return model, attach_adapters(model, adapters, strengths, device=runtime.device, **patterns).strengths
 
 
 def _given(path: Path | None, name: str) -> Path:

@@ -182,7 +182,10 @@ class Kontext:
         return self.loras.multipliers if request.multipliers is None else request.multipliers
 
     def transformer_for(self, request: Request) -> Transformer:
-        """The transformer with the LoRAs at the request's strengths; merged ones that change are loaded anew."""
+        """The transformer with the LoRAs at the request's strengths, ready to compute.
+
+        Merged LoRAs that change are loaded anew.
+        """
         strengths = self._strengths_for(request)
         if strengths != self._strengths:
             self._strengths = strengths
@@ -190,7 +193,9 @@ class Kontext:
                 self.transformer.free()
             else:
                 self._attached[:] = strengths
-        return self.transformer()
+        model = self.transformer()
+        self.runtime.placement.apply(model, self.runtime.device)
+        return model
 
     def _load_transformer(self, files: ModelFiles) -> Transformer:
         model, self._attached = open_transformer(files, self.runtime, self.loras, self._strengths)

@@ -72,10 +72,13 @@ def attach_adapters(
     adapters: Sequence[AdapterFile],
     multipliers: Sequence[float],
     *,
+    device: torch.device | None = None,
     include_patterns: Sequence[str] = (),
     exclude_patterns: Sequence[str] = (),
 ) -> Attached:
     """Put `adapters` beside the linears of `model`; see `plan_merge` for the arguments and errors.
+
+    device: where they live; by default beside the weights, which may be elsewhere than they compute.
 
     Raises UserError for changes of norms, which have no linear to stand beside.
     """
@@ -91,8 +94,8 @@ def attach_adapters(
                 )
             module = modules.get(name) or _branch(model, name, strengths)
             modules[name] = module
-            device = module.base.weight.device
-            deltas = [(_moved(delta, device), number) for delta, _ in changes]
+            home = device or module.base.weight.device
+            deltas = [(_moved(delta, home), number) for delta, _ in changes]
             (module.weights if kind == "weight" else module.biases).extend(deltas)
     return Attached(modules, strengths)
 

@@ -7,6 +7,7 @@ each weight visits the device once.
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,12 +35,20 @@ class HostModulation(nn.Module):
         return by_level(partial(F.linear, weight=weight, bias=bias), F.silu(vec))
 
 
-def offload_modulation(model: Transformer) -> int:
-    """Move the modulation weights of all blocks to the host; returns how many bytes the device is spared."""
+def offload_modulation(model: Transformer, device: torch.device) -> int:
+    """Move the modulation weights of all blocks to the host; returns how many bytes the device is spared.
+
+    A modulation with an adapter is needed at every step: it goes to `device`.
+    """
     spared = 0
     for block in model.blocks():
-        for name, module in list(block.named_children()):
-            if isinstance(module, Modulation):
-                setattr(block, name, HostModulation(module))
-                spared += sum(p.numel() * p.element_size() for p in module.parameters())
+        modulations = [
+            (name, module) for name, module in block.named_children() if isinstance(module, Modulation)
+        ]
+        for name, module in modulations:
+            if type(module.lin) is not nn.Linear:
+                module.to(device)
+                continue
+            setattr(block, name, HostModulation(module))
+            spared += sum(p.numel() * p.element_size() for p in module.parameters())
     return spared

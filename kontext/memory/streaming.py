@@ -26,6 +26,8 @@ from kontext.model.transformer import Modulation, Transformer
 
 ALIGNMENT = 256
 
+Swap = int | Literal["max"]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -224,24 +226,26 @@ def streamed_indices(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def stream_blocks(
-    model: Transformer, blocks_to_swap: int | Literal["max"], device: torch.device, *, slots: int = 2
-) -> int:
+def streamed_blocks(doubles: int, singles: int, swap: Swap) -> tuple[list[int], list[int]]:
+    """Numbers of the double and of the single blocks that are streamed, of so many of each.
+
+    `swap` counts as in musubi-tuner: N // 2 double blocks and (N - N // 2) * 2 + 1 single ones; "max" is all.
+    """
+    if swap == "max":
+        return list(range(doubles)), list(range(singles))
+    if swap == 0:
+        return [], []
+    return streamed_indices(doubles, swap // 2), streamed_indices(singles, (swap - swap // 2) * 2 + 1)
+
+
+def stream_blocks(model: Transformer, swap: Swap, device: torch.device, *, slots: int = 2) -> int:
     """Keep the weights of some blocks on the host and stream these blocks; returns how many.
 
-    `blocks_to_swap` counts as in musubi-tuner: N // 2 double blocks and (N - N // 2) * 2 + 1 single ones;
-    "max" is all of them. Attach adapters before and recompute after: only frozen tensors move to the host.
+    For `swap` see `streamed_blocks`. Attach adapters before and recompute after: only frozen tensors move.
     """
-    doubles, singles = len(model.double_blocks), len(model.single_blocks)
-    if blocks_to_swap != "max":
-        doubles, singles = blocks_to_swap // 2, (blocks_to_swap - blocks_to_swap // 2) * 2 + 1
-    places = [
-        (blocks, i)
-        for blocks, count in ((model.double_blocks, doubles), (model.single_blocks, singles))
-        for i in streamed_indices(len(blocks), count)
-    ]
-    slabs = [Slab(blocks[i]) for blocks, i in places]
-    ring = Ring(slabs, device, slots=slots)
+    double, single = streamed_blocks(len(model.double_blocks), len(model.single_blocks), swap)
+    places = [(model.double_blocks, i) for i in double] + [(model.single_blocks, i) for i in single]
+    ring = Ring([Slab(blocks[i]) for blocks, i in places], device, slots=slots)
     for index, (blocks, i) in enumerate(places):
         blocks[i] = Streamed(blocks[i], ring, index)
     return len(places)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from kontext.options.base import Options, option, optional
-from kontext.options.shared import Common, Dit, Encoders, Vae
+from kontext.options.shared import Common, Dit, Encoders, Swapping, Vae
 
 
 class Picture(Options):
@@ -88,7 +88,7 @@ class Source(Options):
     latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])
 
 
-class Generate(Picture, Source, Sampling, Output, Loras, Dit, Vae, Encoders, Common):
+class Generate(Picture, Source, Sampling, Output, Loras, Dit, Swapping, Vae, Encoders, Common):
     """Make or edit pictures."""
 
     dit: Path | None = optional(Dit, "dit")

@@ -83,6 +83,22 @@ class Dit(Options):
     )
 
 
+class Swapping(Options):
+    """Weights on the host"""
+
+    blocks_to_swap: Annotated[str, BeforeValidator(str)] = option(
+        "Keep the weights of N // 2 double and (N - N // 2) * 2 + 1 single blocks in host memory and stream them to "
+        "the GPU ahead of use (max: of all blocks). The result is the same to the bit.",
+        default="0",
+        pattern=r"^(\d+|max)$",
+    )
+    modulation: Literal["auto", "resident"] = option(
+        "Where the weights of the blocks' modulation live, a quarter of the model: auto keeps them in host memory when "
+        "they need not be on the GPU, resident never.",
+        default="auto",
+    )
+
+
 class Vae(Options):
     """Autoencoder (VAE)"""
 

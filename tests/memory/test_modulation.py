@@ -32,7 +32,7 @@ def denoise(model, *, prepare):
 @pytest.mark.parametrize("prepare", [False, True])
 def test_same_digits(prepare):
     model = build()
-    spared = offload_modulation(model)
+    spared = offload_modulation(model, torch.device("cpu"))
     # 2 double blocks with two modulations of 6 parts, 3 single ones of 3 parts; weight and bias in float32.
     assert spared == (2 * 2 * 6 + 3 * 3) * (32 * 32 + 32) * 4
     assert torch.equal(denoise(model, prepare=prepare), denoise(build(), prepare=False))
@@ -40,7 +40,7 @@ def test_same_digits(prepare):
 
 def test_weights_visit_once_when_prepared(monkeypatch):
     model = build()
-    offload_modulation(model)
+    offload_modulation(model, torch.device("cpu"))
     calls = []
     forward = HostModulation.forward
     monkeypatch.setattr(
@@ -59,7 +59,7 @@ def test_streamed_blocks_leave_modulation_alone():
 
 def test_with_streaming():
     model = build()
-    offload_modulation(model)
+    offload_modulation(model, torch.device("cpu"))
     stream_blocks(model, "max", torch.device("cpu"))
     with torch.no_grad():
         assert torch.equal(denoise(model, prepare=True), denoise(build(), prepare=False))
