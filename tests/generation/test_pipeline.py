@@ -14,6 +14,7 @@ from kontext.generation.outputs import Writer
 from kontext.generation.parts import ModelFiles, Runtime
 from kontext.generation.pipeline import Kontext, true_guidance
 from kontext.generation.request import Request
+from kontext.memory.placement import Placement
 
 SMALL = {"width": 64, "height": 64, "steps": 1, "seed": 1, "resize_references": False}
 
@@ -153,3 +154,16 @@ def test_a_batch_outlives_an_error_of_torch_but_not_a_model_that_cannot_be_loade
     broken = Kontext(replace(files, dit=files.vae), kontext.runtime)
     with pytest.raises(UserError, match="--dit expects"):
         batch.run_batch(broken, requests, Writer(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8_scaled"])
+def test_weights_on_the_host_change_no_digit(files, photo, quantization):
+    """Streamed blocks and modulation computed ahead: the same latents."""
+    request = Request("make it red", (photo,), **SMALL | {"steps": 2})
+    there = Runtime(torch.device("cpu"), torch.float32, t5_max_length=16, quantization=quantization)
+    streamed = replace(there, placement=Placement(swap="max", modulation=True))
+    latents = [
+        k.denoise(k.condition(k.frame(request)))
+        for k in (Kontext(files, runtime) for runtime in (there, streamed))
+    ]
+    assert torch.equal(*latents)
