@@ -1,7 +1,7 @@
 """Linears whose weights are kept in 8 bits a number, with scales.
 
 "fp8" casts to 8-bit floats (e4m3: 4 exponent bits, 3 mantissa bits). Values below 2^-10 become 0.
-"fp8_scaled" divides blocks of 64 input columns by a scale first, so that the whole range is used; of four
+"fp8_scaled" divides blocks of 64 input columns by a scale first, so that the whole range is used; of three
 scales the one with the smallest error is taken. "int8" rounds such blocks to whole numbers up to 127.
 
 Relative error of weights 1024 x 3072:
@@ -26,8 +26,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 INT8_MAX = 127
 BLOCK = 64
-OCTAVES = (0.0, 0.125, 0.5, 0.625)  # scales to try, above the smallest that cuts nothing off
-ROWS = 1024  # rows quantised at a time, so that little memory is needed beside the weight
+OCTAVES = (0.0, 0.5, 0.625)  # scales to try, above the smallest that cuts nothing off
+CHUNK = 2**20  # values quantised at a time, so that little memory is needed beside the weight
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def quantise(weight: Tensor, mode: Mode) -> Quantised:
     block = BLOCK if columns % BLOCK == 0 else columns
     values = torch.empty_like(weight, dtype=FP8 if mode == "fp8_scaled" else torch.int8)
     scale = weight.new_empty(rows, columns // block, dtype=torch.bfloat16)
-    for part, target, scales in zip(*(t.split(ROWS) for t in (weight, values, scale)), strict=True):
+    chunk = max(1, CHUNK // columns)
+    for part, target, scales in zip(*(t.split(chunk) for t in (weight, values, scale)), strict=True):
         blocks = part.float().view(len(part), -1, block)
         rounded, best = _fp8_blocks(blocks) if mode == "fp8_scaled" else _int8_blocks(blocks)
         target.copy_(rounded.view(part.shape))
@@ -62,15 +63,16 @@ def _smallest_scale(blocks: Tensor, largest: float) -> Tensor:
 def _fp8_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks (out, blocks, columns) over the scales of least squared error, rounded, and those scales."""
     smallest = _smallest_scale(blocks, FP8_MAX)
-    values, scale, least = blocks, smallest, torch.full_like(smallest, torch.inf)
+    scale, least = smallest, torch.full_like(smallest, torch.inf)
     for octave in OCTAVES:
         tried = (smallest * 2**octave).to(torch.bfloat16).float()
-        rounded = (blocks / tried).clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
-        error = (rounded * tried - blocks).square_().sum(-1, keepdim=True)
-        better = error < least
-        values, scale = torch.where(better, rounded, values), torch.where(better, tried, scale)
-        least = torch.minimum(error, least)
-    return values.to(FP8), scale
+        error = (_to_fp8(blocks, tried).float() * tried).sub_(blocks).square_().sum(-1, keepdim=True)
+        scale, least = torch.where(error < least, tried, scale), torch.minimum(error, least)
+    return _to_fp8(blocks, scale), scale
+
+
+def _to_fp8(blocks: Tensor, scale: Tensor) -> Tensor:
+    return (blocks / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _int8_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def test_blocks_of_64_or_rows(mode, columns, blocks):
 
 @pytest.mark.parametrize("mode", ["fp8_scaled", "int8"])
 def test_more_rows_than_are_done_at_once(mode):
-    weight = draw(2500, 64)
+    weight = draw(2500, 512)
     whole, last = quantise(weight, mode), quantise(weight[2400:], mode)
     assert torch.equal(whole.scale[2400:], last.scale)
     assert torch.equal(whole.weight[2400:].view(torch.int8), last.weight.view(torch.int8))
