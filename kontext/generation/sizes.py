@@ -4,14 +4,14 @@ from kontext.data.images import Size, floor_multiple
 from kontext.errors import UserError
 
 DEFAULT_SIZE: Size = (1024, 1024)
-SMALLEST = 64
+SMALLEST = 16  # one token
 
 
 def output_size(width: int | None, height: int | None, reference: Size | None) -> Size:
     """What was asked for, else the encoded reference's size, else 1024 x 1024; rounded down to multiples of 16.
 
     A single given side takes the other from the reference or the default. Raises UserError for a side that is
-    shorter than 64 pixels.
+    shorter than 16 pixels, which is one token.
     """
     other = reference or DEFAULT_SIZE
     size = (width or other[0], height or other[1])

@@ -200,7 +200,7 @@ BAD = {
         {},
         "flash_attn_interface, which is not installed",
     ),
-    "small": (["--prompt", "x"], {"size": (32, 64)}, "64x32 pixels; both sides need at least 64"),
+    "small": (["--prompt", "x"], {"size": (8, 64)}, "64x8 pixels; both sides need at least 16"),
     "missing reference": (["--prompt", "x", "--control-image", "no.png"], {}, "no.png: no such file"),
     "missing latent": (["--latent-path", "no.safetensors"], {}, "no.safetensors: not a readable latent file"),
     "latents to latents": (
