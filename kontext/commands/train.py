@@ -159,9 +159,10 @@ def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
 def _model(
     options: Train, kontext: Kontext, network: Network, seed: int
 ) -> tuple[Transformer, dict[str, LoraLinear]]:
-    """The transformer, frozen, with its adapters by module name: load, attach, recompute, in this order."""
-    transformer = kontext.transformer()
-    modules = build(transformer, network, seed=seed_of("network", seed))
+    """The transformer, frozen, with its adapters by module name: load, attach, place, recompute, in this order."""
+    transformer, device = kontext.transformer(), kontext.runtime.device
+    modules = build(transformer, network, seed=seed_of("network", seed), device=device)
+    kontext.runtime.placement.apply(transformer, device)
     if options.network_weights is not None:
         (adapter,) = read_adapters([options.network_weights], transformer.config)
         missing = load_weights(modules, adapter)

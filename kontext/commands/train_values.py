@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from kontext import console
+from kontext.commands.placing import placement
 from kontext.data.batches import Batches
 from kontext.data.config import load_datasets
 from kontext.device import resolve_device, resolve_dtype
@@ -154,6 +155,7 @@ def runtime(options: Train, device: torch.device) -> Runtime:
         fp8_t5=options.fp8_t5,
         t5_max_length=options.t5_max_length,
         keep=True,
+        placement=placement(options, device, spared=options.blocks_to_swap != "0"),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from kontext.options.base import Options, option
-from kontext.options.shared import Common, DatasetFile, Dit, Encoders, Precision, Vae
+from kontext.options.shared import Common, DatasetFile, Dit, Encoders, Precision, Swapping, Vae
 from kontext.options.train_how import Length, Memory, Network, Noise, Optimization
 
 
@@ -103,6 +103,7 @@ class Train(
     Metadata,
     DatasetFile,
     Dit,
+    Swapping,
     Vae,
     Encoders,
     Common,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from kontext.errors import UserError
@@ -67,8 +68,13 @@ def _patterns(key: str, value: Value) -> tuple[str, ...]:
     return patterns
 
 
-def build(transformer: Transformer, network: Network, *, seed: int) -> dict[str, LoraLinear]:
-    """Attaches a fresh network to the transformer, which it freezes; the adapters by module name."""
+def build(
+    transformer: Transformer, network: Network, *, seed: int, device: torch.device | None = None
+) -> dict[str, LoraLinear]:
+    """Attaches a fresh network to the transformer, which it freezes; the adapters by module name.
+
+    device: where adapters live, if not beside the weights, which may wait on the host.
+    """
     return attach(
         transformer,
         rank=network.rank,
@@ -79,6 +85,7 @@ def build(transformer: Transformer, network: Network, *, seed: int) -> dict[str,
         module_dropout=network.module_dropout,
         include_patterns=network.include_patterns,
         exclude_patterns=network.exclude_patterns,
+        device=device,
     )
 
 
