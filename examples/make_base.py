@@ -31,25 +31,24 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=HERE / "small_world" / "models")
     parser.add_argument("--work", type=Path, default=HERE / "out" / "base", help="checkpoints and the sheet")
-    parser.add_argument("--autoencoder-steps", type=int, default=4000)
-    parser.add_argument("--autoencoder-pictures", type=int, default=12_000)
-    parser.add_argument("--steps", type=int, default=5000, help="of the transformer and the text encoders")
-    parser.add_argument("--edits", type=int, default=8000, help="encoded before stage B")
+    parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=6000, help="with the encoder fixed")
+    parser.add_argument("--pictures", type=int, default=6000, help="drawn for the autoencoder")
+    parser.add_argument("--steps", type=int, default=2700, help="of the transformer and the text encoders")
+    parser.add_argument("--edits", type=int, default=4000, help="encoded before stage B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def make_autoencoder(options: argparse.Namespace) -> stage_a.Autoencoder:
-    """Stage A, finished: standardised and frozen."""
-    pool = stage_a.pictures(0, options.autoencoder_pictures)
+    """Stage A, finished: both halves together, standardised latents, then the decoder alone."""
+    pool = stage_a.pictures(0, options.pictures)
+    device, work = torch.device(options.device), options.work
     model = stage_a.train(
-        pool,
-        steps=options.autoencoder_steps,
-        device=torch.device(options.device),
-        checkpoint=options.work / "autoencoder.pt",
-        say=say,
+        pool, steps=options.autoencoder_steps, device=device, checkpoint=work / "autoencoder.pt", say=say
     )
-    stage_a.standardise(model, pool[:1024])
+    stage_a.standardise(model, pool[:512])
+    model = stage_a.refine(model, pool, steps=options.decoder_steps, checkpoint=work / "decoder.pt", say=say)
     error = stage_a.measure(model, stage_a.pictures(scenes.HELD_OUT, 300))
     say(f"autoencoder: mean error {error:.2f} of 255 on held-out pictures")
     return model

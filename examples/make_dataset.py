@@ -10,25 +10,18 @@ import argparse
 from pathlib import Path
 
 from PIL import Image
-from small_world.scenes import HELD_OUT, OVERSAMPLING, SIZE, Scene, canvas, draw, finish, outline, scene
+from small_world.scenes import COLORS, HELD_OUT, OVERSAMPLING, Scene, canvas, draw, finish, outline, scene
 
 INSTRUCTION = "turn it into a blueprint"
-PAPER = (30, 66, 140)
-GRID = (58, 100, 176)
-INK = (240, 244, 250)
-PITCH = 8
+LINE = 4
 FIRST_SEED = 500_000_000
 
 
 def blueprint(drawn: Scene) -> Image.Image:
-    """The scene as a technical drawing: squared blue paper, the object's outline in white."""
-    image, pen = canvas(PAPER)
-    edge = SIZE * OVERSAMPLING
-    for at in range(PITCH // 2 * OVERSAMPLING, edge, PITCH * OVERSAMPLING):
-        pen.rectangle((0, at, edge, at + OVERSAMPLING - 1), GRID)
-        pen.rectangle((at, 0, at + OVERSAMPLING - 1, edge), GRID)
+    """The scene as a drawing: blue paper, the object's outline in white."""
+    image, pen = canvas(COLORS["blue"])
     corners = outline(drawn)
-    pen.line((*corners, *corners[:2]), INK, 2 * OVERSAMPLING, joint="curve")
+    pen.line((*corners, *corners[:2]), COLORS["white"], LINE * OVERSAMPLING, joint="curve")
     return finish(image)
 
 

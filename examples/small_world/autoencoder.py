@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kontext.model.autoencoder import (
     AttnBlock,
     Autoencoder,
     AutoencoderConfig,
-    Downsample,
+    Encoder,
     Level,
     ResnetBlock,
     Upsample,
@@ -32,8 +33,8 @@ CONFIG = AutoencoderConfig(
     scale=SCALE,
     shift=SHIFT,
 )
-BATCH = 8
-RATE = 2e-3
+BATCH = 4
+RATE = 1e-3
 LATENT_NOISE = 0.1
 PULL = 0.02
 
@@ -57,11 +58,12 @@ SIGNAL = 0.7
 
 @torch.no_grad()
 def initialise(model: Autoencoder, images: Tensor) -> None:
-    """Start as a chain of plain resampling, with carriers that let colours pass the group norms.
+    """Start with an encoder that takes principal components, and a decoder that enlarges them.
 
-    With 64 channels each of the 32 groups has two, and a flat picture would leave every norm as +1 and -1: its
-    colour would be lost. So each odd channel carries a fixed pattern (inside against border, which zero padding
-    tells apart) that dominates its group's variance; the even channel then passes the norm almost linearly, at a strength measured on `images`.
+    All blocks begin as the identity. Carriers let colours pass the group norms: with 64 channels each of the 32
+    groups has two, and a flat picture would leave every norm as +1 and -1, its colour lost. So each odd channel
+    gets a fixed pattern (inside against border, which zero padding tells apart) that dominates its group's
+    variance; the even channel then passes almost linearly.
     """
     for module in model.modules():
         if isinstance(module, ResnetBlock):
@@ -71,18 +73,42 @@ def initialise(model: Autoencoder, images: Tensor) -> None:
             nn.init.zeros_(module.proj_out.weight)
         elif isinstance(module, Upsample):
             nn.init.dirac_(module.conv.weight)
-        elif isinstance(module, Downsample):
-            nn.init.zeros_(module.conv.weight)
-            diagonal = torch.arange(len(module.conv.weight))
-            module.conv.weight[diagonal, diagonal, :2, :2] = 0.25
     for half in (model.encoder, model.decoder):
-        nn.init.zeros_(half.conv_in.weight[1::2])
-        nn.init.zeros_(half.conv_out.weight[:, 1::2])
         _add_carriers(half.mid.block_1)
-    _scale(model.encoder.conv_in, slice(0, None, 2), SIGNAL, lambda: model.encode(images))
+    _take_components(model.encoder, images)
+    nn.init.zeros_(model.decoder.conv_in.weight[1::2])
+    nn.init.zeros_(model.decoder.conv_out.weight[:, 1::2])
     _scale(model.encoder.conv_out, slice(CONFIG.latent_channels), 1 / SCALE, lambda: model.encode(images))
     _scale(model.decoder.conv_in, slice(0, None, 2), SIGNAL, lambda: model.decode(model.encode(images)))
     _scale(model.decoder.conv_out, slice(3), SIGNAL, lambda: model.decode(model.encode(images)))
+
+
+def _take_components(encoder: Encoder, images: Tensor) -> None:
+    """Gather each 8 by 8 patch into channels (3, 12, 48), then project it: even channels hold the components.
+
+    They come twice, with both signs, because silu(x) - silu(-x) = x.
+    """
+    patches = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 3 * 64)
+    _, values, vectors = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    count = CONFIG.latent_channels
+    components = vectors[:count] * SIGNAL * (len(patches) ** 0.5 / values[:count, None])
+    for conv in (encoder.conv_in, *(level.downsample.conv for level in encoder.down[:-1]), encoder.conv_out):
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    encoder.conv_in.weight[range(3), range(3), 1, 1] = 1.0
+    for level, channels in zip(encoder.down[:2], (3, 12), strict=True):
+        for corner in range(4):
+            rows = range(corner * channels, (corner + 1) * channels)
+            level.downsample.conv.weight[rows, range(channels), corner // 2, corner % 2] = 1.0
+    # A patch's pixel is (y2 y1 y0, x2 x1 x0) in binary; bit 0 was gathered first, bit 2 is this step's.
+    order = "k (c y2 y1 y0 x2 x1 x0) -> k (y1 x1 y0 x0 c) y2 x2"
+    taps = rearrange(components, order, c=3, y2=2, y1=2, y0=2, x2=2, x1=2, x0=2)
+    last = encoder.down[2].downsample.conv.weight
+    last[0 : 2 * count : 2, :48, :2, :2] = taps
+    last[2 * count : 4 * count : 2, :48, :2, :2] = -taps
+    rows = torch.arange(count)
+    encoder.conv_out.weight[rows, 2 * rows, 1, 1] = 1.0
+    encoder.conv_out.weight[rows, 2 * (rows + count), 1, 1] = -1.0
 
 
 def _scale(conv: nn.Conv2d, rows: slice, std: float, run: Callable[[], object]) -> None:
@@ -127,15 +153,42 @@ def train(
     torch.manual_seed(0)
     model = Autoencoder(CONFIG)
     initialise(model, to_unit(pool[:64]))
-    idle = [_take_blocks(level) for level in (model.encoder.down[0], model.decoder.up[0])]
-    trained = Fit(model.to(device), rate=RATE, checkpoint=checkpoint).run(loss_of, steps=steps, say=say)
-    for level, blocks in zip((trained.encoder.down[0], trained.decoder.up[0]), idle, strict=True):
-        level.block = blocks.to(device)
-    return trained
+    return _fit(model.to(device), loss_of, steps=steps, checkpoint=checkpoint, say=say)
+
+
+def refine(
+    model: Autoencoder, pool: Tensor, *, steps: int, checkpoint: Path, say: Callable[[str], None]
+) -> Autoencoder:
+    """Train the decoder alone: the latents stay as they are, so that the transformer may learn them meanwhile."""
+    device = next(model.parameters()).device
+    model.encoder.requires_grad_(False)
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
+        torch.manual_seed(step)
+        images = to_unit(pool[torch.randint(len(pool), (BATCH,))].to(device))
+        latents = model.encode(images)
+        return F.l1_loss(model.decode(latents + LATENT_NOISE * torch.randn_like(latents)), images)
+
+    return _fit(model, loss_of, steps=steps, checkpoint=checkpoint, say=say)
+
+
+def _fit(
+    model: Autoencoder,
+    loss_of: Callable[[nn.Module, int], Tensor],
+    *,
+    steps: int,
+    checkpoint: Path,
+    say: Callable[[str], None],
+) -> Autoencoder:
+    """Train without the blocks of full resolution: two thirds of all arithmetic, they stay the identity they are."""
+    blocks = [_take_blocks(level) for level in (model.encoder.down[0], model.decoder.up[0])]
+    trained = Fit(model, rate=RATE, checkpoint=checkpoint).run(loss_of, steps=steps, say=say)
+    for level, taken in zip((trained.encoder.down[0], trained.decoder.up[0]), blocks, strict=True):
+        level.block = taken
+    return trained.requires_grad_(False)
 
 
 def _take_blocks(level: Level) -> nn.ModuleList:
-    """Take out the blocks of full resolution, two thirds of all arithmetic: they stay the identity they begin as."""
     blocks, level.block = level.block, nn.ModuleList()
     return blocks
 

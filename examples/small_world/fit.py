@@ -29,7 +29,8 @@ class Fit:
         self.rate = rate
         self.checkpoint = checkpoint
         self.step = 0
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
         if checkpoint.exists():
             self._load()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 128
+CELL = 144
 GAP = 8
 LABEL = 24
 PAPER = (250, 250, 248)
@@ -12,7 +12,7 @@ INK = (40, 40, 40)
 
 
 def sheet(labels: list[str], rows: list[list[Image.Image]], notes: list[str] | None = None) -> Image.Image:
-    """Pictures enlarged to CELL pixels under `labels`; `notes`, if given, stand below each column."""
+    """Pictures enlarged to CELL pixels (three times 48) under `labels`; `notes`, if given, stand below each column."""
     width = GAP + (CELL + GAP) * len(labels)
     height = LABEL + GAP + (CELL + GAP) * len(rows) + (LABEL if notes else 0)
     page = Image.new("RGB", (width, height), PAPER)
