@@ -10,6 +10,7 @@ from inspect import getdoc
 from typing import Any
 
 from kontext import __version__, console
+from kontext.allocation import reuse_freed_memory
 from kontext.errors import UserError
 from kontext.options import COMMANDS
 from kontext.options.argv import canonical
@@ -115,6 +116,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if options.print_config:
         console.output(render(options))
         return 0
+    reuse_freed_memory()
     return guarded(lambda: COMMANDS[name].run()(options), debug=options.debug, model=model)
 
 

@@ -24,7 +24,7 @@ BELOW_COMMANDS = GROUND | MATHS | {"checkpoints", "lora", "data", "generation", 
 LAYERS: dict[str, set[str]] = {
     "__init__": {"generation"},  # the door for programs, opened when it is asked for
     "__main__": {"cli"},
-    "cli": {"app", "options", "commands", "console", "errors", "__version__"},
+    "cli": {"allocation", "app", "options", "commands", "console", "errors", "__version__"},
     "app": {"options"},
     "options": {"errors"},
     "commands": BELOW_COMMANDS | {"options"},
@@ -45,6 +45,7 @@ LAYERS: dict[str, set[str]] = {
     "files": {"errors"},
     "console": set(),
     "errors": set(),
+    "allocation": set(),
 }
 # The maths stands on torch alone; type annotations of transformers' classes do not count.
 MATHS_PACKAGES = {"torch", "einops"}
