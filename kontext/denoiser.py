@@ -15,12 +15,16 @@ from kontext.model.transformer import Modulations, Transformer
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a picture is made from: text (B, T, D), pooled text (B, V), references (B, C, h, w), guidance."""
+    """What a picture is made from: text (B, T, D), pooled text (B, V), references (B, C, h, w), guidance.
+
+    placement says where several references lie: see `reference_ids`.
+    """
 
     txt: Tensor
     vector: Tensor
     references: tuple[Tensor, ...]
     guidance: float
+    placement: str = "offset"
 
 
 def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -53,7 +57,9 @@ class Denoiser:
         self.guidance = torch.full((self.vector.shape[0],), conditioning.guidance, device=self.device)
         self.txt = transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
         self.references = [self.embed(reference) for reference in conditioning.references]
-        self.reference_ids = [ids.to(self.device) for ids in reference_ids(conditioning.references)]
+        self.reference_ids = [
+            ids.to(self.device) for ids in reference_ids(conditioning.references, conditioning.placement)
+        ]
         self.positions: dict[tuple[int, int], Tensor] = {}
         self.prepared: dict[float, Modulations] = {}
 
@@ -94,9 +100,14 @@ class Denoiser:
         return self.transformer.condition(t.to(self.device), self.vector, self.guidance)
 
 
-def reference_ids(references: tuple[Tensor, ...]) -> list[Tensor]:
-    """Positions of the tokens of each reference latent."""
+def reference_ids(references: tuple[Tensor, ...], placement: str = "offset") -> list[Tensor]:
+    """Positions of the tokens of each reference latent.
+
+    "offset": all have index 1 and lie beside each other. "index": all lie at the origin, with the indices 1, 2, ...
+    """
     sizes = [(r.shape[-2] // PATCH, r.shape[-1] // PATCH) for r in references]
+    if placement == "index":
+        return [position_ids(*size, index=number) for number, size in enumerate(sizes, 1)]
     return [
         position_ids(*size, index=1, offset=offset)
         for size, offset in zip(sizes, reference_offsets(sizes), strict=True)

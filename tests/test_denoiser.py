@@ -1,9 +1,11 @@
 """The denoiser is the transformer on the right tokens; preparing levels ahead change nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kontext.denoiser import Conditioning, Denoiser, reference_offsets
+from kontext.denoiser import Conditioning, Denoiser, reference_ids, reference_offsets
 from kontext.flow import schedule
 from kontext.model.latents import pack, position_ids, unpack
 from kontext.model.transformer import Transformer, TransformerConfig
@@ -55,3 +57,36 @@ def test_offsets_follow_the_worked_example():
 
 def test_equal_squares_stack_downwards():
     assert reference_offsets([(4, 4), (4, 4)]) == [(0, 0), (4, 0)]
+
+
+def comfy_ids(sizes):
+    """ComfyUI's rule as its code has it: latent sizes (height, width), offsets turned to tokens at the end."""
+    h = w = 0
+    ids = []
+    for height, width in sizes:
+        h_offset, w_offset = (0, w) if height + h > width + w else (h, 0)
+        rows, columns = (height + 1) // 2, (width + 1) // 2
+        top, left = (h_offset + 1) // 2, (w_offset + 1) // 2
+        ids.append([[1, top + y, left + x] for y in range(rows) for x in range(columns)])
+        h, w = max(h, height + h_offset), max(w, width + w_offset)
+    return ids
+
+
+def test_offsets_are_comfyuis_on_random_sizes():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        count = int(torch.randint(1, 6, (), generator=generator))
+        sizes = (2 * torch.randint(1, 12, (count, 2), generator=generator)).tolist()
+        found = reference_ids(tuple(torch.zeros(1, 1, *size) for size in sizes))
+        assert [ids.tolist() for ids in found] == comfy_ids(sizes)
+
+
+def test_index_placement_puts_each_on_a_layer_of_its_own(model):
+    given = conditioning(references=2)
+    layers = replace(given, placement="index")
+    found = reference_ids(layers.references, layers.placement)
+    assert torch.equal(found[0], position_ids(2, 4, index=1))
+    assert torch.equal(found[1], position_ids(2, 2, index=2))
+    x, t = torch.randn(2, 16, 6, 4), torch.tensor([0.3, 0.8])
+    beside, layered = (Denoiser(model, each)(x, t) for each in (given, layers))
+    assert (beside - layered).abs().max() > 1e-4
