@@ -54,6 +54,13 @@ def _check_mode(options: Generate) -> None:
         raise UserError(f"{' and '.join(used)} cannot be used together; give one of them.")
     if options.latent_path and options.output_type == "latent":
         raise UserError("--latent-path makes pictures; leave out --output-type latent.")
+    if options.no_resize_control and options.control_resize == "crop":
+        raise UserError("--control-resize crop and --no-resize-control exclude each other; leave one out.")
+    pictures_only = [name for name in ("restore_size",) if getattr(options, name)]
+    if pictures_only and (options.latent_path or options.output_type == "latent"):
+        raise UserError(
+            f"{flag_name(pictures_only[0])} works on pictures made from references, not on latent files."
+        )
     if not used:
         need(options, "prompt", because="to make a picture (or --from-file, --interactive, --latent-path)")
 
@@ -135,9 +142,15 @@ def _request(options: Generate) -> Request:
         steps=options.infer_steps,
         guidance=options.embedded_cfg_scale,
         flow_shift=options.flow_shift or None,
+        sampler=options.sampler,
+        schedule=options.schedule,
         negative_prompt=options.negative_prompt,
         true_cfg_scale=options.true_cfg_scale,
         resize_references=not options.no_resize_control,
+        crop_references=options.control_resize == "crop",
+        stitch=options.stitch,
+        placement=options.control_placement,
+        restore_size=options.restore_size,
     )
 
 

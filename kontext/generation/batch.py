@@ -99,5 +99,5 @@ def _denoise_all(
 
 def _decode(kontext: Kontext, item: Finished, writer: Writer) -> None:
     framed = item.framed
-    picture = kontext.decode(item.latent)
+    picture = kontext.finish(framed, item.latent)
     writer.save_picture(item.stem, picture, settings_of(framed.request, framed.width, framed.height))

@@ -17,6 +17,15 @@ from kontext.files import atomic_write, save_tensors
 from kontext.generation.request import Request
 
 LATENT_KEY = "latent"
+CHOICES = {
+    "sampler": "sampler",
+    "schedule": "schedule",
+    "crop_references": "control_resize",
+    "placement": "control_placement",
+    "stitch": "stitch",
+    "restore_size": "restore_size",
+}
+"""Fields of a request that are noted where they are not the default, with the names of their options."""
 PICTURE, LATENT = ".png", ".safetensors"
 
 
@@ -46,6 +55,9 @@ def settings_of(request: Request, width: int, height: int) -> dict[str, str]:
     }
     if request.flow_shift is not None:
         settings["flow_shift"] = str(request.flow_shift)
+    for name, setting in CHOICES.items():
+        if (value := getattr(request, name)) != getattr(Request, name):
+            settings[setting] = "crop" if name == "crop_references" else str(value).lower()
     if request.uses_negative:
         settings |= {
             "negative_prompt": request.negative_prompt,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from kontext.console import notice
-from kontext.data.images import as_rgb, prepare_reference, read_picture, to_image, to_tensor
+from kontext.data.images import to_image, to_tensor
 from kontext.denoiser import Conditioning, Denoiser
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
@@ -27,12 +27,13 @@ from kontext.generation.parts import (
     open_text_encoders,
     open_transformer,
 )
+from kontext.generation.references import open_references, prepare, restore
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
 from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
-from kontext.sampler import Denoise, euler
+from kontext.sampler import SAMPLERS, Denoise
 
 OnStep = Callable[[int], None]
 """Called with the number of each step that is done, from 0."""
@@ -124,7 +125,7 @@ class Kontext:
         self.release(self.text_encoders)
         latent = self.denoise(conditioned)
         self.release(self.transformer)
-        return self.decode(latent)
+        return self.finish(conditioned.framed, latent)
 
     def release(self, part: Part) -> None:
         """Free a model after its stage, unless the runtime keeps models loaded."""
@@ -135,10 +136,12 @@ class Kontext:
     def frame(self, request: Request) -> Framed:
         """Choose the seed and the output's size, and encode the references (posterior mean).
 
-        Raises UserError for an unreadable reference, a size under 64 pixels and a wrong number of LoRA strengths.
+        Raises UserError for an unreadable reference, a size under 16 pixels, a wrong number of LoRA strengths and
+        settings that need a reference where there is none.
         """
         self._strengths_for(request)
-        images = [_open(reference, request.resize_references) for reference in request.references]
+        _check(request)
+        images = [prepare(opened, request) for opened in open_references(request)]
         first = images[0].size if images else None
         width, height = output_size(request.width, request.height, first)
         asked = (request.width or width, request.height or height)
@@ -165,7 +168,8 @@ class Kontext:
         if prompt not in self._texts:
             self._texts[prompt] = self._read(prompt)
         text = self._texts[prompt]
-        return Conditioning(text.txt, text.vector, framed.references, framed.request.guidance)
+        request = framed.request
+        return Conditioning(text.txt, text.vector, framed.references, request.guidance, request.placement)
 
     @torch.no_grad()
     def _read(self, prompt: str) -> Text:
@@ -210,7 +214,7 @@ class Kontext:
         framed = conditioned.framed
         request = framed.request
         tokens = (framed.height // PIXELS_PER_TOKEN) * (framed.width // PIXELS_PER_TOKEN)
-        sigmas = schedule(request.steps, tokens, flow_shift=request.flow_shift)
+        sigmas = schedule(request.steps, tokens, kind=request.schedule, flow_shift=request.flow_shift)
         channels = self.transformer_for(request).config.out_channels // PATCH**2
         noise = draw_noise(request.seed, framed.height, framed.width, channels).to(self.runtime.device)
 
@@ -220,7 +224,8 @@ class Kontext:
             if on_step is not None:
                 on_step(step)
 
-        return euler(self._velocity(conditioned, sigmas), noise, sigmas, on_step=watch).cpu()
+        sample = SAMPLERS[request.sampler]
+        return sample(self._velocity(conditioned, sigmas), noise, sigmas, on_step=watch).cpu()
 
     def _velocity(self, conditioned: Conditioned, sigmas: Tensor) -> Denoise:
         sides = []
@@ -232,6 +237,11 @@ class Kontext:
         return (
             sides[0] if len(sides) == 1 else true_guidance(*sides, conditioned.framed.request.true_cfg_scale)
         )
+
+    def finish(self, framed: Framed, latent: Tensor) -> Image.Image:
+        """The finished latent of a request as the picture that was asked for."""
+        picture, request = self.decode(latent), framed.request
+        return restore(picture, open_references(request)[0]) if request.restore_size else picture
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Image.Image:
@@ -250,27 +260,15 @@ class Kontext:
         return to_image(pixels)
 
 
+def _check(request: Request) -> None:
+    """Raise UserError for settings that have no meaning without a reference."""
+    if request.restore_size and not request.references:
+        raise UserError("--restore-size needs a reference (--control-image), whose size it restores.")
+
+
 def _check_finite(values: Tensor, what: str, option: str, dtype: torch.dtype) -> None:
     if torch.isfinite(values).all():
         return
     if dtype == torch.float16:
         raise UserError(f"{what}: float16 overflows. Use {option} bfloat16 or {option} float32.")
     raise UserError(f"{what}. Try {option} float32; if that fails too, the weights or a LoRA are damaged.")
-
-
-def _open(reference: Reference, resize: bool) -> Image.Image:
-    """A reference at the size at which it is encoded; whatever is done to it is said."""
-    by_path = isinstance(reference, Path)
-    name = str(reference) if by_path else "The reference"
-    picture = read_picture(reference) if by_path else as_rgb(reference)
-    width, height = picture.image.size
-    if min(width, height) < PIXELS_PER_TOKEN:
-        raise UserError(f"{name}: {width}x{height} pixels are too few; a reference needs 16 on each side.")
-    prepared = prepare_reference(picture.image, resize=resize)
-    done = list(picture.notes)
-    if prepared.size != (width, height):
-        verb = "resized to Kontext's nearest size" if resize else "cropped"
-        done.append(f"{width}x{height} {verb}, {prepared.width}x{prepared.height}")
-    if done:
-        notice(f"{name}: {'; '.join(done)}.")
-    return prepared

@@ -13,7 +13,11 @@ Reference = Path | Image.Image
 class Request:
     """One picture to make. Sizes in pixels; a size of None follows the first reference.
 
-    `flow_shift` None means FLUX's schedule, which depends on the resolution. `multipliers` None means the
+    References are stretched to Kontext's nearest size (`crop_references`: scaled and cropped), or only cropped to
+    multiples of 16 pixels if not `resize_references`; `stitch` makes one wide reference of them, `placement` is
+    "offset" or "index". `restore_size` returns the picture at the first reference's own size.
+
+    `flow_shift` None means the schedule's own; that of "flux" depends on the resolution. `multipliers` None means the
     adapters' own. `negative_prompt` counts only with a `true_cfg_scale` over 1.
     """
 
@@ -25,9 +29,15 @@ class Request:
     steps: int = 25
     guidance: float = 2.5
     flow_shift: float | None = None
+    sampler: str = "euler"
+    schedule: str = "flux"
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     resize_references: bool = True
+    crop_references: bool = False
+    stitch: bool = False
+    placement: str = "offset"
+    restore_size: bool = False
     multipliers: tuple[float, ...] | None = None
 
     @property

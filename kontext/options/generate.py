@@ -14,18 +14,37 @@ class Picture(Options):
     negative_prompt: str | None = option(
         "What to steer away from; counts with --true-cfg-scale over 1.", default=None
     )
+    image_size: tuple[int, int] | None = option(
+        "Height and width of the output in pixels. Without it: the first reference's size, else 1024 1024.",
+        default=None,
+    )
+
+
+class References(Options):
+    """References"""
+
     control_image: list[Path] = option(
-        "Reference picture to edit. Several may be given; they are placed side by side as ComfyUI does.",
-        default=[],
-        aliases=("control_image_path",),
+        "Reference picture to edit. Several may be given.", default=[], aliases=("control_image_path",)
+    )
+    control_resize: Literal["stretch", "crop"] = option(
+        "How a reference comes to Kontext's nearest preferred size: stretch as BFL and diffusers do, or scale and crop "
+        "the centre as musubi-tuner and ComfyUI do.",
+        default="stretch",
     )
     no_resize_control: bool = option(
         "Crop references to multiples of 16 pixels, instead of resizing them to Kontext's nearest preferred size.",
         default=False,
     )
-    image_size: tuple[int, int] | None = option(
-        "Height and width of the output in pixels. Without it: the first reference's size, else 1024 1024.",
-        default=None,
+    restore_size: bool = option(
+        "Return the picture at the first reference's own size (Lanczos).", default=False
+    )
+    control_placement: Literal["offset", "index"] = option(
+        "Where several references lie: offset beside each other as ComfyUI does, index each on a layer of its own, "
+        "for models trained so.",
+        default="offset",
+    )
+    stitch: bool = option(
+        "Make one wide reference of several: side by side, at the height of the first.", default=False
     )
 
 
@@ -37,8 +56,16 @@ class Sampling(Options):
     true_cfg_scale: float = option(
         "Guidance by a second pass with the negative prompt; doubles the time when over 1.", default=1.0, ge=1
     )
+    sampler: Literal["euler", "heun", "dpmpp_2m"] = option(
+        "heun is more exact for twice the time, dpmpp_2m more exact with smooth edits for the same time.",
+        default="euler",
+    )
+    schedule: Literal["flux", "simple", "beta"] = option(
+        "Where the steps lie: flux by the resolution, simple and beta as in ComfyUI with its fixed shift of exp(1.15).",
+        default="flux",
+    )
     flow_shift: float | None = option(
-        "Fixed shift of the noise levels. Without it, or with 0: FLUX's own, which depends on the resolution.",
+        "Fixed shift of the noise levels. Without it, or with 0: the schedule's own.",
         default=None,
         ge=0,
     )
@@ -88,7 +115,7 @@ class Source(Options):
     latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])
 
 
-class Generate(Picture, Source, Sampling, Output, Loras, Dit, Swapping, Vae, Encoders, Common):
+class Generate(Picture, References, Source, Sampling, Output, Loras, Dit, Swapping, Vae, Encoders, Common):
     """Make or edit pictures."""
 
     dit: Path | None = optional(Dit, "dit")
