@@ -6,10 +6,10 @@ from pathlib import Path
 from secrets import randbits
 
 from kontext import console
+from kontext.commands import train_data
 from kontext.commands import train_values as values
 from kontext.commands.train_report import journal
-from kontext.data.batches import Batches, open_batches
-from kontext.data.items import Skips
+from kontext.data.batches import Batches
 from kontext.errors import UserError
 from kontext.generation.pipeline import Kontext
 from kontext.lora.adapter import LoraLinear
@@ -39,7 +39,8 @@ def run(options: Train) -> None:
     start = _start(options.resume, names)
     seed = _seed(options.seed, start)
     team = values.team(options)
-    batches = _batches(options, seed)
+    batches = train_data.batches(options, seed)
+    held = train_data.held(options, names)
     plan = values.plan(options, len(batches.sizes(0)), team.size)
     settings = values.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
@@ -77,7 +78,9 @@ def run(options: Train) -> None:
         rules=values.rules(options),
         settings=settings,
         write_adapter=export,
+        weights=weights,
         previews=drawn if samples else None,
+        held=held,
         log=values.log(options, team),
         journal=kept,
     ).run()
@@ -112,14 +115,6 @@ def _seed(given: int | None, start: Start) -> int:
     seed = start.progress.settings.get("seed", randbits(32))
     console.notice(f"--seed {seed}")
     return seed
-
-
-def _batches(options: Train, seed: int) -> Batches:
-    skips = Skips(strict=options.strict)
-    encoders = {name: getattr(options, name) for name in ("vae", "text_encoder1", "text_encoder2")}
-    batches = open_batches(options.dataset_config, seed=seed, skips=skips, encoders=encoders)
-    skips.show()
-    return batches
 
 
 def _check_same(start: Start, settings: dict[str, object], plan: Plan) -> None:

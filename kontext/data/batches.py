@@ -17,7 +17,7 @@ from torch import Tensor
 from kontext.data.cache import Kind, read_latents, read_text
 from kontext.data.images import read_picture
 from kontext.data.items import Skips
-from kontext.data.plan import Block, Entry, Status, check_caches, plan_blocks
+from kontext.data.plan import Block, Entry, Part, Status, check_caches, plan_blocks
 from kontext.errors import UserError
 
 COMMANDS: Mapping[Kind, str] = {"latents": "cache-latents", "text": "cache-text"}
@@ -103,16 +103,21 @@ def load_batch(entries: Sequence[Entry]) -> Batch:
 
 
 def open_batches(
-    path: Path, *, seed: int, skips: Skips, encoders: Mapping[str, Path | None] | None = None
+    path: Path,
+    *,
+    seed: int,
+    skips: Skips,
+    encoders: Mapping[str, Path | None] | None = None,
+    part: Part = "training",
 ) -> Batches:
-    """The batches of a dataset file whose caches are complete and up to date.
+    """The batches of a part of a dataset file whose caches are complete and up to date; none without blocks in it.
 
     Items whose pictures are unreadable go to `skips`, as when caching. encoders: option names and paths (`vae`,
     `text_encoder1` ...) for the command lines in the message.
 
     Raises UserError with the commands to run when something is missing from the caches or stale.
     """
-    blocks = plan_blocks(path, skips)
+    blocks = plan_blocks(path, skips, part)
     entries = [entry for block in blocks for entry in block.entries]
     latents = dict(zip(entries, check_caches(entries, "latents"), strict=True))
     skipped = set(_unreadable([entry for entry in entries if latents[entry].problem], skips))
@@ -125,7 +130,7 @@ def open_batches(
     complaints = [_complaint(kind, statuses, path, encoders or {}) for kind, statuses in found.items()]
     if any(complaints):
         raise UserError("\n".join([f"{path}: the caches are not ready.", *filter(None, complaints)]))
-    if not entries:
+    if blocks and not entries:
         raise UserError(
             f"{path}: no picture can be used; the first is skipped because: {skips.rows[0].reason}"
         )

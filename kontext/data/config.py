@@ -1,6 +1,7 @@
-"""The dataset file: `[general]` and `[[datasets]]`, in TOML or JSON, as musubi-tuner reads it.
+"""The dataset file: `[general]` and `[[datasets]]`, in TOML or JSON, as musubi-tuner reads it, and `[[validation]]`.
 
-A key of `[general]` holds for every block that does not give it itself. Paths are relative to the working
+A key of `[general]` holds for every block that does not give it itself. `[[validation]]` blocks have the keys of
+`[[datasets]]`; what they list is never trained on. Paths are relative to the working
 directory, not to the file, as in musubi-tuner. Files written for musubi-tuner mean the same here; only what it has
 no usable default for has another one: `caption_extension` (".txt", it has none) and a missing `resolution`
 (1024x1024 in buckets; it takes one bucket of 960x544).
@@ -10,6 +11,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,26 +119,47 @@ class Dataset(General):
         )
 
 
+@dataclass(frozen=True)
+class DatasetFile:
+    """The blocks of a dataset file: those to train on, and those to validate with."""
+
+    training: tuple[Dataset, ...]
+    validation: tuple[Dataset, ...]
+
+
 def load_datasets(path: Path) -> tuple[Dataset, ...]:
+    """The blocks to train on. Raises UserError as `read_dataset_file`."""
+    return read_dataset_file(path).training
+
+
+def read_dataset_file(path: Path) -> DatasetFile:
     """Read a dataset file. Raises UserError that names the file, the block and the key."""
     tables = _parse(path)
-    _check_names(tables, ("general", "datasets"), f"{path}:", "table")
+    _check_names(tables, ("general", "datasets", "validation"), f"{path}:", "table")
     general, blocks = tables.get("general", {}), tables.get("datasets", [])
-    if not isinstance(general, dict) or not isinstance(blocks, list):
-        raise UserError(f"{path}: write [general] in single and [[datasets]] in double brackets.")
+    validation = tables.get("validation", [])
+    if not isinstance(general, dict) or not isinstance(blocks, list) or not isinstance(validation, list):
+        raise UserError(
+            f"{path}: write [general] in single, [[datasets]] and [[validation]] in double brackets."
+        )
     if not blocks:
         raise UserError(
             f"{path}: there is no dataset in it. Add a [[datasets]] block with an image_directory."
         )
     general = _known_keys(general, General, f"{path}, [general]:")
-    datasets = tuple(_block(block, general, _place(path, i, blocks)) for i, block in enumerate(blocks))
-    _check_cache_folders(path, datasets)
-    return datasets
+    placed = _placed(path, "datasets", blocks), _placed(path, "validation", validation)
+    found = [[(place, _block(block, general, f"{place}:")) for place, block in part] for part in placed]
+    _check_cache_folders(path, found[0] + found[1])
+    return DatasetFile(*(tuple(dataset for _, dataset in part) for part in found))
 
 
-def _place(path: Path, index: int, blocks: list[Any]) -> str:
-    number = f" number {index + 1}" if len(blocks) > 1 else ""
-    return f"{path}, [[datasets]]{number}:"
+def _placed(path: Path, name: str, blocks: list[Any]) -> list[tuple[str, Any]]:
+    """Each block of a table with what to call it in a message."""
+    several = len(blocks) > 1
+    return [
+        (f"{path}, [[{name}]]" + f" number {number}" * several, block)
+        for number, block in enumerate(blocks, 1)
+    ]
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -255,13 +278,14 @@ def _tell_rounding(dataset: Dataset, given: Mapping[str, Any], place: str) -> No
         )
 
 
-def _check_cache_folders(path: Path, datasets: tuple[Dataset, ...]) -> None:
-    seen: dict[Path, int] = {}
-    for number, dataset in enumerate(datasets, 1):
+def _check_cache_folders(path: Path, placed: list[tuple[str, Dataset]]) -> None:
+    seen: dict[Path, str] = {}
+    for place, dataset in placed:
+        name = place.removeprefix(f"{path}, ")
         folder = dataset.cache_folder.resolve()
         if folder in seen:
             raise UserError(
-                f"{path}: [[datasets]] number {seen[folder]} and {number} would both keep their caches in "
+                f"{path}: {seen[folder]} and {name} would both keep their caches in "
                 f"{dataset.cache_folder}. Give each its own cache_directory."
             )
-        seen[folder] = number
+        seen[folder] = name

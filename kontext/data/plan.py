@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kontext.data.buckets import control_size, target_size
 from kontext.data.cache import Header, Kind, latents_path, read_header, text_path
-from kontext.data.config import Dataset, load_datasets
+from kontext.data.config import Dataset, read_dataset_file
 from kontext.data.fingerprints import digest, is_unchanged
 from kontext.data.images import Size, image_size
 from kontext.data.items import Item, Skips, list_items
@@ -18,6 +19,8 @@ from kontext.errors import UserError
 from kontext.model.latents import LATENT_FACTOR
 
 READERS = 8
+
+Part = Literal["training", "validation"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,15 @@ class Block:
     unusable: frozenset[str]
 
 
-def plan_blocks(path: Path, skips: Skips) -> tuple[Block, ...]:
-    """All blocks of a dataset file, each item with its sizes. Items whose pictures cannot be opened go to `skips`.
+def plan_blocks(path: Path, skips: Skips, part: Part | None = None) -> tuple[Block, ...]:
+    """The blocks of a dataset file, or of one part of it, each item with its sizes. Items whose pictures cannot be opened go to `skips`.
 
     Only the headers of the pictures are read. Raises UserError when a block has nothing left.
     """
-    return tuple(_plan_block(dataset, skips) for dataset in load_datasets(path))
+    file = read_dataset_file(path)
+    parts = {"training": file.training, "validation": file.validation}
+    datasets = parts[part] if part else file.training + file.validation
+    return tuple(_plan_block(dataset, skips) for dataset in datasets)
 
 
 def _plan_block(dataset: Dataset, skips: Skips) -> Block:

@@ -58,6 +58,20 @@ class Samples(Options):
     sample_at_first: bool = option("Make samples before the first step.", default=False)
 
 
+class Validating(Options):
+    """Validation"""
+
+    validate_every_n_steps: int | None = option(
+        "Compute the loss on the [[validation]] datasets every n steps.", default=None, ge=1
+    )
+    validate_every_n_epochs: int | None = option(
+        "The same every n epochs. Without either: each epoch. The adapter of the lowest loss is kept as "
+        "<output-name>-best.safetensors.",
+        default=None,
+        ge=1,
+    )
+
+
 class Logs(Options):
     """Logs"""
 
@@ -99,6 +113,7 @@ class Train(
     Noise,
     Memory,
     Samples,
+    Validating,
     Logs,
     Metadata,
     DatasetFile,

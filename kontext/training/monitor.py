@@ -73,6 +73,7 @@ class Monitor:
         self.smoothed = Smoothed(**notes)
         self.pending: list[Outcome] = []
         self.read_at = time.perf_counter()
+        self.validation = ""
 
     @property
     def notes(self) -> dict[str, float]:
@@ -83,6 +84,12 @@ class Monitor:
         self.pending.append(outcome)
         if self.team.device.type != "cuda" or len(self.pending) == STEPS_BETWEEN_READS:
             self.flush()
+
+    def validated(self, done: int, loss: float) -> None:
+        """Logs and shows a validation loss after `done` steps."""
+        self.flush()
+        self.log({"loss/validation": loss}, done)
+        self.validation = f"validation {loss:.4f}  "
 
     def flush(self) -> None:
         """Reads what has not been read yet.
@@ -117,7 +124,7 @@ class Monitor:
         self.progress.advance(
             len(outcomes),
             f"epoch {self.plan.epoch(last.step) + 1}/{self.plan.epochs}  loss {self.smoothed.value:.4f}  "
-            f"lr {last.rates[0]:.2e}  {speed:.3g} images/s  {memory(self.team.device) / GIGABYTE:.1f} GB",
+            f"{self.validation}lr {last.rates[0]:.2e}  {speed:.3g} images/s  {memory(self.team.device) / GIGABYTE:.1f} GB",
         )
 
     def _breakdown(self, outcome: Outcome, what: str) -> str:

@@ -25,6 +25,10 @@ class Names:
     def at_step(self, step: int, ending: str = ADAPTER) -> Path:
         return self.folder / f"{self.stem}-step{step:08d}{ending}"
 
+    def best(self) -> Path:
+        """The adapter with the lowest validation loss."""
+        return self.final("-best" + ADAPTER)
+
     def epochs(self, ending: str = ADAPTER) -> dict[int, Path]:
         """What has been written at epochs, by epoch."""
         return self._numbered(r"-(\d{6,})", ending)

@@ -1,6 +1,7 @@
 """A run put together: the loop with everyone who listens to it, from the first step to the finished file."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kontext.training.previews import Previews
 from kontext.training.saving import Saver, SaveRules
 from kontext.training.state import Progress, load_state, save_state
 from kontext.training.team import Team
+from kontext.training.validation import Held, Validation
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Session:
     """Everything that a run is made of.
 
     settings: what a run that goes on from its states must have in common with it; write_adapter: as in Saver.
+    held: what is validated with; weights: as in Validation.
     """
 
     team: Team
@@ -52,7 +55,9 @@ class Session:
     rules: SaveRules
     settings: Mapping[str, Any]
     write_adapter: Callable[[Path, int], None]
+    weights: Callable[[], AbstractContextManager[None]]
     previews: Previews | None
+    held: Held | None
     log: Log
     journal: Journal
 
@@ -81,10 +86,11 @@ class Session:
                 notes=self.start.progress.notes,
                 scaled=self.updates.scaler.is_enabled(),
             )
-            saver = self._saver(monitor)
+            validation = self._validation(monitor)
+            saver = self._saver(monitor, validation)
             if first == 0 and self._previews and self._previews.rhythm.at_first:
                 self._previews.draw(f"{0:06d}", 0)
-            self._train(self._listeners(interrupts, monitor, saver))
+            self._train(self._listeners(interrupts, monitor, validation, saver))
             monitor.flush()
         if self.team.leads:
             saver.finish()
@@ -94,9 +100,26 @@ class Session:
     def _previews(self) -> Previews | None:
         return self.previews if self.team.leads else None
 
-    def _saver(self, monitor: Monitor) -> Saver:
+    def _validation(self, monitor: Monitor) -> Validation | None:
+        def tell(done: int, loss: float) -> None:
+            monitor.validated(done, loss)
+            self.journal.validation(done, loss)
+
+        return self.held and Validation(
+            self.held,
+            self.objective,
+            plan=self.examples.plan,
+            team=self.team,
+            weights=self.weights,
+            write_adapter=self.write_adapter,
+            tell=tell,
+            best=self.start.progress.best,
+        )
+
+    def _saver(self, monitor: Monitor, validation: Validation | None) -> Saver:
         def write_state(folder: Path, done: int) -> None:
-            progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes)
+            best = validation.best if validation else self.start.progress.best
+            progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes, best)
             parameters, optimizer = self.updates.parameters, self.updates.optimizer
             save_state(folder, progress=progress, parameters=parameters, optimizer=optimizer)
 
@@ -109,8 +132,10 @@ class Session:
             last_state=self.start.folder,
         )
 
-    def _listeners(self, interrupts: Interrupts, monitor: Monitor, saver: Saver) -> list[Listener]:
-        """In this order: what a loss that is no number stops must not have been saved."""
+    def _listeners(
+        self, interrupts: Interrupts, monitor: Monitor, validation: Validation | None, saver: Saver
+    ) -> list[Listener]:
+        """In this order: what a loss that is no number stops must not have been saved, and states know the best loss."""
 
         def flush(outcome: Outcome) -> None:
             if saver.due(outcome.step):
@@ -125,9 +150,10 @@ class Session:
                     saver.interrupted(outcome.step + 1)
                 raise KeyboardInterrupt
 
+        validating = [validation] if validation else []
         previews = [self._previews] if self._previews else []
         saving = [saver] if self.team.leads else []
-        return [monitor, flush, *saving, *previews, self.journal.listener(saver.due), stop]
+        return [monitor, *validating, flush, *saving, *previews, self.journal.listener(saver.due), stop]
 
     def _train(self, listeners: list[Listener]) -> None:
         first = self.start.progress.step

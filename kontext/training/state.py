@@ -30,12 +30,14 @@ class Progress:
     step: how many are done. Epoch and place in the epoch follow from it, as the order of batches follows from the seed.
     settings: whatever changes the course of training, by the user's names for it.
     notes: what only the display and the report need, such as the smoothed loss.
+    best: the lowest validation loss so far.
     """
 
     step: int
     settings: Mapping[str, Any]
     scaler: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    best: float | None = None
 
 
 def save_state(

@@ -54,6 +54,19 @@ def batches_of(path: Path, seed: int = 1) -> Batches:
     return open_batches(path, seed=seed, skips=Skips())
 
 
+def test_validation_blocks_are_cached_but_never_trained_on(filled: Path, tmp_path: Path) -> None:
+    before = keys_of(batches_of(filled), 0)
+    assert open_batches(filled, seed=1, skips=Skips(), part="validation").sizes(0) == []
+    picture(tmp_path / "held" / "v.png", (64, 64), 9)
+    (tmp_path / "held" / "v.txt").write_text("held out")
+    filled.write_text(filled.read_text() + f'\n[[validation]]\nimage_directory = "{tmp_path / "held"}"\n')
+    with pytest.raises(UserError, match="1 of 1 latents must be encoded"):
+        open_batches(filled, seed=1, skips=Skips(), part="validation")
+    fill(filled)
+    assert keys_of(open_batches(filled, seed=1, skips=Skips(), part="validation"), 0) == [("v",)]
+    assert keys_of(batches_of(filled), 0) == before
+
+
 def keys_of(batches: Batches, epoch: int) -> list[tuple[str, ...]]:
     return [batches.load(epoch, index).keys for index in range(len(batches.sizes(epoch)))]
 

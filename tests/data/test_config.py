@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from kontext.data.buckets import SizeRules
-from kontext.data.config import load_datasets
+from kontext.data.config import load_datasets, read_dataset_file
 from kontext.errors import UserError
 
 
@@ -118,8 +118,20 @@ BLOCK = '[[datasets]]\nimage_directory = "img"\n'
         ('[[datasets]]\nimage_directory = "items.jsonl"', "is not a folder"),
         ('[[datasets]]\nimage_jsonl_file = "img"\ncache_directory = "c"', "is not a file"),
         (BLOCK + 'control_directory = "img"', "each target would be its own reference"),
-        (BLOCK + BLOCK, "number 1 and 2 would both keep their caches in img"),
-        (BLOCK + 'cache_directory = "./other"\n[[datasets]]\nimage_directory = "other"', "number 1 and 2"),
+        (
+            BLOCK + BLOCK,
+            r"\[\[datasets\]\] number 1 and \[\[datasets\]\] number 2 would both keep their caches in img",
+        ),
+        (
+            BLOCK + '[[validation]]\nimage_directory = "img"',
+            r": \[\[datasets\]\] and \[\[validation\]\] would both keep their caches in img",
+        ),
+        (
+            BLOCK + '[[validation]]\nimage_directory = "other"\nnope = 1',
+            r"\[\[validation\]\]: unknown key nope",
+        ),
+        (BLOCK + '[validation]\nimage_directory = "other"', "double brackets"),
+        (BLOCK + 'cache_directory = "./other"\n[[datasets]]\nimage_directory = "other"', "number 2 would"),
         ("[general", "data.toml: "),
     ],
 )
@@ -149,3 +161,15 @@ def test_bad_json() -> None:
     for text in ("{", "[]"):
         with pytest.raises(UserError, match=r"data\.json: "):
             load_datasets(write(text, "data.json"))
+
+
+def test_validation_blocks_are_apart_and_take_what_general_gives() -> None:
+    general = "[general]\nbatch_size = 3\n"
+    path = write(general + BLOCK + '[[validation]]\nimage_directory = "other"\nresolution = 512')
+    file = read_dataset_file(path)
+    assert load_datasets(path) == file.training and [d.image_directory for d in file.training] == [
+        Path("img")
+    ]
+    (held_out,) = file.validation
+    assert held_out.image_directory == Path("other") and held_out.batch_size == 3
+    assert held_out.resolution == (512, 512)

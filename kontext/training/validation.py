@@ -1,0 +1,129 @@
+"""The loss on items that are not trained on, the same noise at the same levels each time.
+
+Noise follows from the names of the items alone, neither from the run's seed nor from the batch size, and the loss is
+not weighted: two runs can be compared whatever their options.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kontext import console
+from kontext.data.batches import Batch
+from kontext.timesteps import Timesteps
+from kontext.training.feed import Batches, Example
+from kontext.training.loop import Outcome
+from kontext.training.objective import Objective
+from kontext.training.plan import Plan
+from kontext.training.seeds import draw_noise
+from kontext.training.team import Team
+
+LEVELS = (0.2, 0.4, 0.6, 0.8)
+
+
+@dataclass(frozen=True)
+class Every:
+    """When to validate: every so many steps and epochs, each epoch if neither is given, and always at the end."""
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def due(self, step: int, plan: Plan) -> bool:
+        """Whether to validate after step `step` (from 0)."""
+        epochs = self.epochs or (None if self.steps else 1)
+        by_epoch = epochs and plan.ends_epoch(step) and (plan.epoch(step) + 1) % epochs == 0
+        by_step = self.steps and (step + 1) % self.steps == 0
+        return bool(by_epoch or by_step or step + 1 == plan.steps)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The items held out: their batches, when they are looked at, and where the best adapter goes."""
+
+    batches: Batches
+    every: Every
+    best_path: Path
+
+
+class Validation:
+    """Listens to the loop and validates when it is due; the adapter with the lowest loss is kept in a file.
+
+    In a team every process has one, and computes its part of the batches.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        objective: Objective,
+        *,
+        plan: Plan,
+        team: Team,
+        weights: Callable[[], AbstractContextManager[None]],
+        write_adapter: Callable[[Path, int], None],
+        tell: Callable[[int, float], None],
+        best: float | None,
+    ) -> None:
+        """weights: within it the adapter has the weights to be used; tell: is called with the steps done and the loss.
+
+        best: the lowest loss of the run that goes on.
+        """
+        self.held = held
+        self.objective = replace(objective, timesteps=Timesteps())
+        self.plan = plan
+        self.team = team
+        self.weights = weights
+        self.write_adapter = write_adapter
+        self.tell = tell
+        self.best = best
+
+    def __call__(self, outcome: Outcome) -> None:
+        if not self.held.every.due(outcome.step, self.plan):
+            return
+        done, loss = outcome.step + 1, self.loss()
+        self.tell(done, loss)
+        better = math.isfinite(loss) and (self.best is None or loss < self.best)
+        if better:
+            self.best = loss
+        if self.team.leads:
+            console.say(f"Validation loss after step {done}: {loss:.5f}{' (the best)' * better}")
+            if better:
+                self.write_adapter(self.held.best_path, done)
+
+    def loss(self) -> float:
+        """The mean square error over all items and levels. Nothing of training changes, no random state either."""
+        transformer, device = self.objective.transformer, self.team.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        with evaluating(transformer), self.weights(), torch.no_grad():
+            for example in self._examples():
+                for level in LEVELS:
+                    losses = self.objective.losses(example, torch.full_like(example.u, level).float())
+                    total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+        summed, count = self.team.sum(total).tolist()
+        return summed / count
+
+    def _examples(self) -> Iterator[Example]:
+        """This process' batches with their noise, on the device."""
+        for index in range(len(self.held.batches.sizes(0)))[self.team.rank :: self.team.size]:
+            yield example_of(self.held.batches.load(0, index), index).to(self.team.device)
+
+
+def example_of(batch: Batch, index: int) -> Example:
+    """A batch with the noise that belongs to its items."""
+    shape = (1, *batch.latents.shape[1:])
+    noise = torch.cat([draw_noise(shape, "validation", key) for key in batch.keys])
+    return Example(epoch=0, index=index, share=1.0, batch=batch, noise=noise, u=torch.zeros(len(batch.keys)))
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Dropout is off within it."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

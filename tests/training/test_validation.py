@@ -1,0 +1,116 @@
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from kontext.training.network import Network
+from kontext.training.plan import Plan
+from kontext.training.seeds import draw_noise
+from kontext.training.validation import LEVELS, Every, Held, Validation
+from tests.training.world import MemoryBatches, Run
+
+TWICE = Every(steps=2)
+
+
+class HeldOut(MemoryBatches):
+    """Six items, by so many to a batch."""
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__(6)
+        self.size = size
+
+    def order(self, epoch: int) -> list[list[int]]:
+        wide, square = [0, 2, 4], [1, 3, 5]
+        return [part[i : i + self.size] for part in (square, wide) for i in range(0, 3, self.size)]
+
+
+def validation(
+    run: Run, told: list[tuple[int, float]], *, every: Every = TWICE, size: int = 2,
+    best: float | None = None, written: list[int] | None = None,
+) -> Validation:  # fmt: skip
+    return Validation(
+        Held(HeldOut(size), every, Path("best")), run.objective, plan=run.plan, team=run.team, weights=nullcontext,
+        write_adapter=lambda path, done: (written if written is not None else []).append(done),
+        tell=lambda done, loss: told.append((done, loss)), best=best,
+    )  # fmt: skip
+
+
+def test_training_is_the_same_bit_for_bit() -> None:
+    network = Network(rank=4, alpha=4, dropout=0.3)
+    plain, told = Run(steps=6, network=network).go(), []
+    watched = Run(steps=6, network=network)
+    watched.go(listeners=[validation(watched, told)])
+    assert watched.losses == plain.losses and watched.same_weights(plain)
+    assert [done for done, _ in told] == [2, 4, 6] and len({loss for _, loss in told}) == 3
+    assert watched.transformer.training
+
+
+def test_the_loss_is_the_mean_over_items_and_levels_without_dropout() -> None:
+    run = Run(steps=2, network=Network(rank=4, alpha=4, dropout=0.5)).go()
+    found = validation(run, []).loss()
+    assert found == validation(run, []).loss()
+    run.transformer.eval()
+    expected = []
+    for i in range(6):
+        latents, reference, txt, vector = (part[None] for part in HeldOut().item(i))
+        noise = draw_noise(tuple(latents.shape), "validation", f"item{i}")
+        for level in LEVELS:
+            x = (1 - level) * latents + level * noise
+            expected.append(_error(run, x, noise - latents, level, txt, vector, [reference] if i % 2 else []))
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def _error(
+    run: Run, x: torch.Tensor, target: torch.Tensor, level: float, txt: torch.Tensor, vector: torch.Tensor,
+    references: Sequence[torch.Tensor],
+) -> float:  # fmt: skip
+    from kontext.denoiser import Conditioning, Denoiser
+
+    with torch.no_grad():
+        denoiser = Denoiser(run.transformer, Conditioning(txt, vector, tuple(references), 1.0))
+        return (denoiser(x, torch.tensor([level])) - target).square().mean().item()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batch_size_does_not_matter(size: int) -> None:
+    run = Run(steps=1).go()
+    assert validation(run, [], size=size).loss() == pytest.approx(validation(run, []).loss(), rel=1e-6)
+
+
+def test_two_processes_share_the_batches() -> None:
+    run = Run(steps=1).go()
+    whole, parts = validation(run, []).loss(), []
+    for rank in range(2):
+        half = validation(run, [])
+        half.team = type(
+            "Half", (), {"rank": rank, "size": 2, "device": run.team.device, "sum": parts.append}
+        )
+        with pytest.raises(AttributeError):  # what is summed is what this test is after
+            half.loss()
+    total, count = (parts[0] + parts[1]).tolist()
+    assert count == 6 * len(LEVELS) and total / count == pytest.approx(whole)
+
+
+def test_the_best_adapter_is_written_when_it_is_better() -> None:
+    run, written = Run(steps=5), []
+    judge = validation(run, [], every=Every(steps=1), written=written, best=3.0)
+    losses = iter([4.0, 2.0, float("nan"), 2.5, 1.0])
+    judge.loss = lambda: next(losses)  # type: ignore[method-assign]
+    run.go(listeners=[judge])
+    assert written == [2, 5] and judge.best == 1.0
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (Every(), [3, 6, 9, 10]),
+        (Every(steps=4), [4, 8, 10]),
+        (Every(epochs=2), [6, 10]),
+        (Every(4, 2), [4, 6, 8, 10]),
+    ],
+)
+def test_when_it_is_due(every: Every, expected: list[int]) -> None:
+    plan = Plan(batches=3, accumulation=1, processes=1, steps=10)
+    assert [step + 1 for step in range(10) if every.due(step, plan)] == expected
