@@ -53,7 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("examples/out"))
-    parser.add_argument("--count", type=int, default=96, help="scenes to train on")
+    parser.add_argument("--count", type=int, default=240, help="scenes to train on")
     parser.add_argument("--held-out", type=int, default=8, help="scenes to measure on")
     options = parser.parse_args()
     write_training(options.output / "blueprint", options.count)
