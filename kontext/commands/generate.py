@@ -54,15 +54,22 @@ def _check_mode(options: Generate) -> None:
         raise UserError(f"{' and '.join(used)} cannot be used together; give one of them.")
     if options.latent_path and options.output_type == "latent":
         raise UserError("--latent-path makes pictures; leave out --output-type latent.")
-    if options.no_resize_control and options.control_resize == "crop":
-        raise UserError("--control-resize crop and --no-resize-control exclude each other; leave one out.")
-    pictures_only = [name for name in ("restore_size",) if getattr(options, name)]
-    if pictures_only and (options.latent_path or options.output_type == "latent"):
-        raise UserError(
-            f"{flag_name(pictures_only[0])} works on pictures made from references, not on latent files."
-        )
+    _check_references(options)
     if not used:
         need(options, "prompt", because="to make a picture (or --from-file, --interactive, --latent-path)")
+
+
+def _check_references(options: Generate) -> None:
+    """Raise UserError for options of references that exclude each other or would do nothing."""
+    if options.no_resize_control and options.control_resize == "crop":
+        raise UserError("--control-resize crop and --no-resize-control exclude each other; leave one out.")
+    if options.mask_blur and options.mask is None:
+        raise UserError("--mask-blur needs --mask, whose edge it blurs.")
+    if options.restore_size and options.output_type == "latent":
+        raise UserError("--restore-size works on pictures, not on --output-type latent.")
+    unused = [name for name in ("restore_size", "mask") if options.latent_path and getattr(options, name)]
+    if unused:
+        raise UserError(f"{flag_name(unused[0])} needs the reference; it cannot be used with --latent-path.")
 
 
 def _merge(options: Generate, out: Path) -> None:
@@ -151,6 +158,9 @@ def _request(options: Generate) -> Request:
         stitch=options.stitch,
         placement=options.control_placement,
         restore_size=options.restore_size,
+        mask=options.mask,
+        mask_blur=options.mask_blur,
+        strength=options.strength,
     )
 
 

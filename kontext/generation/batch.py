@@ -81,7 +81,8 @@ def _denoise_all(
     kontext: Kontext, batch: Batch, conditioned: dict[int, Conditioned], writer: Writer
 ) -> dict[int, Finished]:
     kontext.transformer_for(next(iter(conditioned.values())).framed.request)
-    steps = sum(item.framed.request.steps for item in conditioned.values())
+    asked = [item.framed.request for item in conditioned.values()]
+    steps = sum(request.steps - request.skipped_steps for request in asked)
     with progress("Denoising", steps, unit="step") as bar:
 
         def denoise(number: int, item: Conditioned) -> Finished:

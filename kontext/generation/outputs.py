@@ -24,6 +24,9 @@ CHOICES = {
     "placement": "control_placement",
     "stitch": "stitch",
     "restore_size": "restore_size",
+    "mask": "mask",
+    "mask_blur": "mask_blur",
+    "strength": "strength",
 }
 """Fields of a request that are noted where they are not the default, with the names of their options."""
 PICTURE, LATENT = ".png", ".safetensors"
@@ -56,8 +59,9 @@ def settings_of(request: Request, width: int, height: int) -> dict[str, str]:
     if request.flow_shift is not None:
         settings["flow_shift"] = str(request.flow_shift)
     for name, setting in CHOICES.items():
-        if (value := getattr(request, name)) != getattr(Request, name):
-            settings[setting] = "crop" if name == "crop_references" else str(value).lower()
+        value = getattr(request, name)
+        if value != getattr(Request, name) and not isinstance(value, Image.Image):
+            settings[setting] = _text(name, value)
     if request.uses_negative:
         settings |= {
             "negative_prompt": request.negative_prompt,
@@ -70,6 +74,12 @@ def settings_of(request: Request, width: int, height: int) -> dict[str, str]:
     if request.multipliers is not None:
         settings["lora_multiplier"] = " ".join(map(str, request.multipliers))
     return settings
+
+
+def _text(name: str, value: object) -> str:
+    if name == "crop_references":
+        return "crop"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def save_picture(path: Path, picture: Image.Image, settings: Mapping[str, str]) -> None:

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from kontext.console import notice
-from kontext.data.images import to_image, to_tensor
+from kontext.data.images import Size, to_image, to_tensor
 from kontext.denoiser import Conditioning, Denoiser
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
 from kontext.flow import schedule
+from kontext.generation.inpaint import Canvas, check_canvas, latent_area, open_mask, paste
 from kontext.generation.parts import (
     Loras,
     ModelFiles,
@@ -27,7 +28,7 @@ from kontext.generation.parts import (
     open_text_encoders,
     open_transformer,
 )
-from kontext.generation.references import open_references, prepare, restore
+from kontext.generation.references import Opened, at_size, open_references, prepare, restore
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
 from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
@@ -47,6 +48,7 @@ class Framed:
     width: int
     height: int
     references: tuple[Tensor, ...]
+    canvas: Canvas | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ class Kontext:
         """
         self._strengths_for(request)
         _check(request)
-        images = [prepare(opened, request) for opened in open_references(request)]
+        opened = open_references(request)
+        mask = open_mask(request, opened[0]) if opened else None
+        images = [prepare(each, request) for each in opened]
         first = images[0].size if images else None
         width, height = output_size(request.width, request.height, first)
         asked = (request.width or width, request.height or height)
@@ -149,7 +153,19 @@ class Kontext:
             notice(
                 f"The output size {asked[0]}x{asked[1]} is rounded down to {width}x{height} (multiples of 16)."
             )
-        return Framed(request.seeded(), width, height, tuple(self._encode(image) for image in images))
+        references = tuple(self._encode(image) for image in images)
+        canvas = None
+        if request.uses_canvas:
+            same = images[0].size == (width, height)
+            latent = references[0] if same else self._encode_at(opened[0], (width, height), request)
+            canvas = Canvas(latent, latent_area(mask, (width, height), request))
+        return Framed(request.seeded(), width, height, references, canvas)
+
+    def _encode_at(self, opened: Opened, size: Size, request: Request) -> Tensor:
+        notice(
+            f"{opened.name}: brought to the output's size, {size[0]}x{size[1]}, as the picture that is changed."
+        )
+        return self._encode(at_size(opened.image, size, request))
 
     def _encode(self, image: Image.Image) -> Tensor:
         model = self.autoencoder()
@@ -215,6 +231,7 @@ class Kontext:
         request = framed.request
         tokens = (framed.height // PIXELS_PER_TOKEN) * (framed.width // PIXELS_PER_TOKEN)
         sigmas = schedule(request.steps, tokens, kind=request.schedule, flow_shift=request.flow_shift)
+        sigmas = sigmas[request.skipped_steps :]
         channels = self.transformer_for(request).config.out_channels // PATCH**2
         noise = draw_noise(request.seed, framed.height, framed.width, channels).to(self.runtime.device)
 
@@ -224,8 +241,10 @@ class Kontext:
             if on_step is not None:
                 on_step(step)
 
-        sample = SAMPLERS[request.sampler]
-        return sample(self._velocity(conditioned, sigmas), noise, sigmas, on_step=watch).cpu()
+        x, velocity = noise, self._velocity(conditioned, sigmas)
+        if framed.canvas is not None:
+            x, velocity = framed.canvas.start(noise, sigmas[:1]), framed.canvas.within(velocity, noise)
+        return SAMPLERS[request.sampler](velocity, x, sigmas, on_step=watch).cpu()
 
     def _velocity(self, conditioned: Conditioned, sigmas: Tensor) -> Denoise:
         sides = []
@@ -241,7 +260,10 @@ class Kontext:
     def finish(self, framed: Framed, latent: Tensor) -> Image.Image:
         """The finished latent of a request as the picture that was asked for."""
         picture, request = self.decode(latent), framed.request
-        return restore(picture, open_references(request)[0]) if request.restore_size else picture
+        if not request.restore_size and request.mask is None:
+            return picture
+        first = open_references(request)[0]
+        return paste(restore(picture, first) if request.restore_size else picture, first, request)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Image.Image:
@@ -264,6 +286,7 @@ def _check(request: Request) -> None:
     """Raise UserError for settings that have no meaning without a reference."""
     if request.restore_size and not request.references:
         raise UserError("--restore-size needs a reference (--control-image), whose size it restores.")
+    check_canvas(request)
 
 
 def _check_finite(values: Tensor, what: str, option: str, dtype: torch.dtype) -> None:

@@ -77,6 +77,12 @@ def fit(image: Image.Image, size: Size | None, request: Request) -> Image.Image:
     return cover(image, size) if request.crop_references else stretch(image, size)
 
 
+def at_size(image: Image.Image, size: Size, request: Request) -> Image.Image:
+    """A reference, or its mask, as it is encoded where that gives `size`; else brought to `size`."""
+    prepared = fit(image, encoded_size(image.size, request), request)
+    return prepared if prepared.size == size else fit(image, size, request)
+
+
 def prepare(opened: Opened, request: Request) -> Image.Image:
     """The reference as it is encoded; says in one line what that took."""
     before = opened.image.size

@@ -48,6 +48,24 @@ class References(Options):
     )
 
 
+class Inpainting(Options):
+    """Part of a picture"""
+
+    mask: Path | None = option(
+        "Picture of the first reference's size: white is edited, black stays, and is pasted back exactly.",
+        default=None,
+    )
+    mask_blur: float = option(
+        "Blur of the mask's edge, in pixels of the reference.", default=0.0, ge=0, le=1000
+    )
+    strength: float = option(
+        "Start from the first reference, noised this far, instead of from noise (1): less changes, fewer steps are done.",
+        default=1.0,
+        gt=0,
+        le=1,
+    )
+
+
 class Sampling(Options):
     """Sampling"""
 
@@ -115,7 +133,9 @@ class Source(Options):
     latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])
 
 
-class Generate(Picture, References, Source, Sampling, Output, Loras, Dit, Swapping, Vae, Encoders, Common):
+class Generate(
+    Picture, References, Inpainting, Source, Sampling, Output, Loras, Dit, Swapping, Vae, Encoders, Common
+):
     """Make or edit pictures."""
 
     dit: Path | None = optional(Dit, "dit")
