@@ -12,12 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from PIL import Image
 from small_world.pictures import edit_error, to_bytes
+from small_world.scenes import COLORS, SIZE
 from small_world.sheet import sheet
 
 from kontext.console import say, table
@@ -63,22 +64,40 @@ def pictures(folder: Path) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted((ROOT / folder).glob("*.png"))]
 
 
-def error(results: Iterable[Image.Image]) -> float:
-    """Mean edit error (0..255) of results against the true pictures of the held-out scenes."""
-    held_out = WORK / "held_out"
-    three = zip(pictures(held_out / "references"), pictures(held_out / "truth"), results, strict=True)
-    return mean(edit_error(*map(to_bytes, pictures)) for pictures in three)
+@dataclass(frozen=True)
+class Errors:
+    """Mean edit errors, 0..255, on the held-out scenes: of the whole picture, and of the drawn line alone."""
+
+    picture: float
+    line: float
 
 
-def write_sheet(path: Path, columns: dict[str, list[Image.Image]], errors: dict[str, float]) -> None:
+def errors_of(results: list[Image.Image]) -> Errors:
+    """Errors against the true pictures. Most of those is paper, so the line, which blank paper misses, counts apart."""
+    before, truth = (pictures(WORK / "held_out" / name) for name in ("references", "truth"))
+    return Errors(
+        picture=_error(before, truth, results), line=_error([blank_paper()] * len(truth), truth, results)
+    )
+
+
+def _error(before: list[Image.Image], truth: list[Image.Image], results: list[Image.Image]) -> float:
+    """Mean error of results where truth differs from before."""
+    return mean(edit_error(*map(to_bytes, three)) for three in zip(before, truth, results, strict=True))
+
+
+def blank_paper() -> Image.Image:
+    return Image.new("RGB", (SIZE, SIZE), COLORS["blue"])
+
+
+def write_sheet(path: Path, columns: dict[str, list[Image.Image]], errors: dict[str, Errors]) -> None:
     """One column per method, one row per scene, the errors below."""
     rows = [list(row) for row in zip(*(column[:SHOWN] for column in columns.values()), strict=True)]
-    notes = [f"error {errors[name]:.1f}" if name in errors else "" for name in columns]
+    notes = [f"error {errors[name].picture:.1f}" if name in errors else "" for name in columns]
     sheet(list(columns), rows, notes).save(path)
 
 
-def main() -> dict[str, float]:
-    """Run everything; returns the edit errors of base, LoRA and merged model."""
+def main() -> dict[str, Errors]:
+    """Run everything; returns the errors of base, LoRA and merged model, and of blank paper to compare with."""
     started = time.monotonic()
     run(sys.executable, "examples/make_dataset.py", "--output", WORK)
     kontext("cache-latents", *DATASET, "--vae", MODELS / "ae.safetensors", "--batch-size", "16", *CPU)
@@ -90,12 +109,10 @@ def main() -> dict[str, float]:
     generate("merged", MERGED)
 
     results = {name: pictures(WORK / name) for name in ("base", "lora", "merged")}
-    errors = {name: error(found) for name, found in results.items()}
-    table(
-        "edit error of 255 on held-out scenes",
-        ("model", "error"),
-        [(n, f"{e:.1f}") for n, e in errors.items()],
-    )
+    errors = {name: errors_of(found) for name, found in results.items()}
+    errors["blank paper"] = errors_of([blank_paper()] * len(results["base"]))
+    rows = [(name, f"{e.picture:.1f}", f"{e.line:.1f}") for name, e in errors.items()]
+    table("edit error of 255 on held-out scenes", ("model", "picture", "line alone"), rows)
     before, truth = (pictures(WORK / "held_out" / name) for name in ("references", "truth"))
     path = ROOT / WORK / "quickstart.png"
     write_sheet(path, {"reference": before, **results, "truth": truth}, errors)
