@@ -12,8 +12,8 @@ from kontext.commands.train_report import journal
 from kontext.data.batches import Batches
 from kontext.errors import UserError
 from kontext.generation.pipeline import Kontext
-from kontext.lora.adapter import LoraLinear
 from kontext.lora.files import load_weights
+from kontext.lora.linear import AdapterLinear
 from kontext.lora.report import read_adapters
 from kontext.memory.recompute import recompute_blocks
 from kontext.model.transformer import Transformer
@@ -153,7 +153,7 @@ def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
 
 def _model(
     options: Train, kontext: Kontext, network: Network, seed: int
-) -> tuple[Transformer, dict[str, LoraLinear]]:
+) -> tuple[Transformer, dict[str, AdapterLinear]]:
     """The transformer, frozen, with its adapters by module name: load, attach, place, recompute, in this order."""
     transformer, device = kontext.transformer(), kontext.runtime.device
     modules = build(transformer, network, seed=seed_of("network", seed), device=device)
@@ -174,7 +174,7 @@ def _model(
     return transformer, modules
 
 
-def _introduce(plan: Plan, batches: Batches, modules: dict[str, LoraLinear]) -> None:
+def _introduce(plan: Plan, batches: Batches, modules: dict[str, AdapterLinear]) -> None:
     count = sum(parameter.numel() for parameter in parameters_of(modules).values())
     console.say(
         f"Training {count:,} parameters in {len(modules)} modules: {batches.items_per_epoch} items in {plan.batches} "

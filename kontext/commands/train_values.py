@@ -24,7 +24,7 @@ from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
 from kontext.generation.parts import ModelFiles, Runtime
 from kontext.generation.request import Request
-from kontext.lora.adapter import LoraLinear
+from kontext.lora.linear import AdapterLinear
 from kontext.options.train import Train
 from kontext.timesteps import Timesteps
 from kontext.training.arguments import parse_arguments
@@ -55,14 +55,17 @@ FIXED = (
     "batches per step", "dataset",
 )  # fmt: skip
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
-NETWORK_MODULE = "networks.lora_flux"  # what sd-scripts and musubi-tuner call this network in their files
+# What sd-scripts and musubi-tuner call these networks in their files.
+NETWORK_MODULES = {"lora": "networks.lora_flux", "loha": "networks.loha", "lokr": "networks.lokr"}
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 def network(options: Train) -> Network:
     """Raises UserError for bad --network-args."""
     arguments = parse_arguments(options.network_args, "--network-args")
-    return network_of(options.network_dim, options.network_alpha, options.network_dropout, arguments)
+    return network_of(
+        options.network_dim, options.network_alpha, options.network_dropout, arguments, options.network_module
+    )
 
 
 def precision(options: Train) -> str:
@@ -246,7 +249,7 @@ def sample_request(seed: int) -> Request:
 
 def export(
     options: Train,
-    modules: Mapping[str, LoraLinear],
+    modules: Mapping[str, AdapterLinear],
     batches: Batches,
     plan: Plan,
     *,
@@ -257,7 +260,7 @@ def export(
     """What writes the LoRA files, with all that is to be said about them."""
     about = _facts(options, batches, plan, seed, optimizer)
     settings = options.model_dump() | {
-        "network_module": NETWORK_MODULE,
+        "network_module": NETWORK_MODULES[options.network_module],
         "network_alpha": network(options).alpha,
         "mixed_precision": {long: short for short, long in MIXED.items()}.get(precision(options), "no"),
         "seed": seed,

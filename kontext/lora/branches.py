@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kontext.errors import UserError
 from kontext.lora.deltas import Delta, Kronecker, LowRank
 from kontext.lora.files import AdapterFile
+from kontext.lora.linear import plain_weight
 from kontext.lora.merge import plan_merge, spread
-from kontext.quant import EightBitLinear
 
 
 class Branched(nn.Module):
@@ -50,8 +50,7 @@ class Branched(nn.Module):
             return delta.change.apply(x)
         weight = self.base.weight
         if delta.change.needs_base:
-            eight_bit = isinstance(self.base, EightBitLinear)
-            weight = self.base.dequantised(torch.float32) if eight_bit else weight.float()
+            weight = plain_weight(self.base)
         return F.linear(x, delta.change.dense(weight[_rows(delta)]).to(x.dtype))
 
 

@@ -12,10 +12,8 @@ from torch import Tensor
 from kontext.checkpoints.source import Source, open_source
 from kontext.errors import UserError
 from kontext.files import save_tensors
-from kontext.lora.adapter import LoraLinear
 from kontext.lora.build import Built, Misfit, Scaling, build, pad_inputs, scaling_from, swap_rows
 from kontext.lora.deltas import Change, Decomposed, Delta, Hadamard, Kronecker, LowRank, Swapped, Target
-from kontext.lora.fuse import fuse
 from kontext.lora.keys import (
     Place,
     Places,
@@ -26,6 +24,7 @@ from kontext.lora.keys import (
     refused_kind,
     split_key,
 )
+from kontext.lora.linear import AdapterLinear
 from kontext.model.transformer import TransformerConfig
 
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -104,35 +103,35 @@ def read_adapter(path: Path | str, config: TransformerConfig) -> AdapterFile:
 
 def save_lora(
     path: Path | str,
-    modules: Mapping[str, LoraLinear],
+    modules: Mapping[str, AdapterLinear],
     *,
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write adapters, by dotted BFL name as `attach` returns them, in the kohya/musubi layout.
+    """Write adapters, by dotted BFL name as `attach` returns them, in the layout of kohya, musubi and LyCORIS.
 
     Raises UserError when the file cannot be written; an older file of that name is then left as it was.
     """
     save_tensors(path, kohya_tensors(modules, dtype), dict(metadata or {}))
 
 
-def kohya_tensors(modules: Mapping[str, LoraLinear], dtype: torch.dtype) -> dict[str, Tensor]:
+def kohya_tensors(modules: Mapping[str, AdapterLinear], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a kohya/musubi file, copied: training may go on while they are written."""
     tensors = {}
     for name, module in modules.items():
         stem = "lora_unet_" + name.replace(".", "_")
         tensors[f"{stem}.alpha"] = torch.tensor(module.alpha, dtype=dtype)
-        tensors[f"{stem}.lora_down.weight"] = _copy(module.lora_down.weight, dtype)
-        tensors[f"{stem}.lora_up.weight"] = _copy(module.lora_up.weight, dtype)
+        for part, parameter in module.learned.items():
+            tensors[f"{stem}.{part}"] = _copy(parameter, dtype)
     return tensors
 
 
-def load_weights(modules: Mapping[str, LoraLinear], adapter: AdapterFile) -> list[str]:
+def load_weights(modules: Mapping[str, AdapterLinear], adapter: AdapterFile) -> list[str]:
     """Continue from `adapter`: copy its factors into `modules`; returns the modules it says nothing about.
 
-    A module takes the file's factors at its own alpha, so that the change is the same.
+    A module takes the file's weights at its own alpha, so that the change is the same.
 
-    Raises UserError when a module's file has another rank, or is no plain LoRA of the whole module.
+    Raises UserError when a module's file has another kind or rank.
     """
     missing = []
     for name, module in modules.items():
@@ -140,16 +139,10 @@ def load_weights(modules: Mapping[str, LoraLinear], adapter: AdapterFile) -> lis
         if not deltas:
             missing.append(name)
             continue
-        factors = fuse(deltas, module.base.out_features)
-        if factors is None or factors.rank != module.rank:
-            found = factors.rank if factors else "other"
-            raise UserError(
-                f"{adapter.path}: {name} has rank {found} there and {module.rank} here. "
-                "Set --network-dim to the file's rank."
-            )
-        with torch.no_grad():
-            module.lora_down.weight.copy_(factors.down)
-            module.lora_up.weight.copy_(factors.up.float() * (factors.scale / module.scale))
+        try:
+            module.load(deltas)
+        except Misfit as error:
+            raise UserError(f"{adapter.path}: {name} {error}.") from error
     return missing
 
 

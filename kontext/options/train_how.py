@@ -7,7 +7,12 @@ from pydantic import AfterValidator, BeforeValidator
 
 from kontext.options.base import Options, option
 
-NETWORKS = {"networks.lora_flux": "lora", "networks.lora": "lora"}
+NETWORKS = {
+    "networks.lora_flux": "lora",
+    "networks.lora": "lora",
+    "networks.loha": "loha",
+    "networks.lokr": "lokr",
+}
 
 
 def _network(value: Any) -> Any:
@@ -27,17 +32,21 @@ Pairs = Annotated[list[str], AfterValidator(_pair)]
 class Network(Options):
     """Network"""
 
-    network_module: Annotated[Literal["lora"], BeforeValidator(_network)] = option(
-        "What is trained: lora (networks.lora_flux means the same).", default="lora"
+    network_module: Annotated[Literal["lora", "loha", "lokr"], BeforeValidator(_network)] = option(
+        "What is trained: lora (networks.lora_flux means the same), loha or lokr (networks.loha, networks.lokr); a DoRA "
+        "is lora with --network-args dora=true.",
+        default="lora",
     )
     network_dim: int = option("Rank of the LoRA.", default=16, ge=1)
     network_alpha: float | None = option(
         "Alpha of the LoRA, which acts with strength alpha/rank. Without it: the rank.", default=None, gt=0
     )
-    network_dropout: float = option("Dropout between the two factors of the LoRA.", default=0.0, ge=0, lt=1)
+    network_dropout: float = option(
+        "Dropout between the two factors of a LoRA, and on what a LoHa or LoKr adds.", default=0.0, ge=0, lt=1
+    )
     network_args: Pairs = option(
         "Further settings as key=value: rank_dropout, module_dropout, include_patterns, exclude_patterns (a regex, or "
-        "a list of them in Python's spelling), loraplus_lr_ratio.",
+        "a list of them in Python's spelling), loraplus_lr_ratio, dora (dora_wd means the same), factor (of lokr).",
         default=[],
     )
     network_weights: Path | None = option(

@@ -10,8 +10,8 @@ import torch
 
 from kontext import console
 from kontext.files import save_tensors
-from kontext.lora.adapter import LoraLinear
 from kontext.lora.files import kohya_tensors
+from kontext.lora.linear import AdapterLinear
 from kontext.training.metadata import Facts, at_save, hashes, network_fields
 from kontext.training.plan import Plan
 
@@ -23,7 +23,7 @@ class Export:
     weights: within it the adapter has the weights to be used.
     """
 
-    modules: Mapping[str, LoraLinear]
+    modules: Mapping[str, AdapterLinear]
     dtype: torch.dtype
     facts: Facts
     fields: Mapping[str, str]

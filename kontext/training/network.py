@@ -1,36 +1,65 @@
 """The adapter in training: how it is built, and its parameters by name and by learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from kontext.errors import UserError
-from kontext.lora.adapter import LoraLinear, attach
+from kontext.lora.adapter import Size, targets, wrap
+from kontext.lora.dora import DoraLinear
+from kontext.lora.linear import AdapterLinear, LoraLinear
+from kontext.lora.products import LohaLinear, LokrLinear
 from kontext.model.transformer import Transformer
 from kontext.training.arguments import Value
+
+Kind = Literal["lora", "dora", "loha", "lokr"]
+KINDS: dict[Kind, type[AdapterLinear]] = {
+    "lora": LoraLinear, "dora": DoraLinear, "loha": LohaLinear, "lokr": LokrLinear,
+}  # fmt: skip
+# The factor of each kind that starts at zero: what LoRA+ trains faster.
+SECOND = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A LoRA. plus_ratio: by how much the learning rate of `lora_up` exceeds that of `lora_down` (LoRA+)."""
+    """A network of adapters. plus_ratio: by how much the learning rate of the factor that starts at zero exceeds that
+    of the others (LoRA+). factor: how LoKr splits a linear (see `factorise`).
+    """
 
     rank: int
     alpha: float
+    kind: Kind = "lora"
     dropout: float = 0.0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     include_patterns: tuple[str, ...] = ()
     exclude_patterns: tuple[str, ...] = ()
     plus_ratio: float = 1.0
+    factor: int = -1
+
+    @property
+    def make(self) -> Callable[..., AdapterLinear]:
+        """The class of adapter with all that its linears share."""
+        more = {"factor": self.factor} if self.kind == "lokr" else {}
+        return partial(
+            KINDS[self.kind],
+            dropout=self.dropout,
+            rank_dropout=self.rank_dropout,
+            module_dropout=self.module_dropout,
+            **more,
+        )
 
 
-def network_of(rank: int, alpha: float | None, dropout: float, arguments: Mapping[str, Value]) -> Network:
+def network_of(
+    rank: int, alpha: float | None, dropout: float, arguments: Mapping[str, Value], kind: Kind = "lora"
+) -> Network:
     """The network that the options describe, `arguments` being those of `--network-args`.
 
-    Raises UserError for an argument that is unknown or of the wrong type.
+    Raises UserError for an argument that is unknown, of the wrong type, or not for this kind of network.
     """
     readers = {
         "rank_dropout": ("rank_dropout", _share),
@@ -38,6 +67,9 @@ def network_of(rank: int, alpha: float | None, dropout: float, arguments: Mappin
         "include_patterns": ("include_patterns", _patterns),
         "exclude_patterns": ("exclude_patterns", _patterns),
         "loraplus_lr_ratio": ("plus_ratio", _positive),
+        "factor": ("factor", _factor),
+        "dora": ("dora", _flag),
+        "dora_wd": ("dora", _flag),
     }
     fields: dict[str, Any] = {}
     for key, value in arguments.items():
@@ -45,7 +77,26 @@ def network_of(rank: int, alpha: float | None, dropout: float, arguments: Mappin
             raise UserError(f"--network-args: {key} is not known. Known are {', '.join(readers)}.")
         field, read = readers[key]
         fields[field] = read(key, value)
-    return Network(rank, rank if alpha is None else alpha, dropout, **fields)
+    if "factor" in fields and kind != "lokr":
+        raise UserError("--network-args: factor is for --network-module lokr.")
+    if fields.pop("dora", False):
+        if kind != "lora":
+            raise UserError("--network-args: dora is for --network-module lora.")
+        kind = "dora"
+    return Network(rank, rank if alpha is None else alpha, kind, dropout, **fields)
+
+
+def _flag(key: str, value: Value) -> bool:
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in words:
+        raise UserError(f"--network-args: {key} must be true or false, not {value!r}.")
+    return words[str(value).lower()]
+
+
+def _factor(key: str, value: Value) -> int:
+    if not isinstance(value, int) or value < -1 or value == 0:
+        raise UserError(f"--network-args: {key} must be a whole number above 0, or -1, not {value!r}.")
+    return value
 
 
 def _share(key: str, value: Value) -> float:
@@ -70,42 +121,33 @@ def _patterns(key: str, value: Value) -> tuple[str, ...]:
 
 def build(
     transformer: Transformer, network: Network, *, seed: int, device: torch.device | None = None
-) -> dict[str, LoraLinear]:
+) -> dict[str, AdapterLinear]:
     """Attaches a fresh network to the transformer, which it freezes; the adapters by module name.
 
     device: where adapters live, if not beside the weights, which may wait on the host.
     """
-    return attach(
-        transformer,
-        rank=network.rank,
-        alpha=network.alpha,
-        seed=seed,
-        dropout=network.dropout,
-        rank_dropout=network.rank_dropout,
-        module_dropout=network.module_dropout,
-        include_patterns=network.include_patterns,
-        exclude_patterns=network.exclude_patterns,
-        device=device,
+    names = targets(
+        transformer, include_patterns=network.include_patterns, exclude_patterns=network.exclude_patterns
     )
+    sizes = dict.fromkeys(names, Size(network.rank, network.alpha))
+    return wrap(transformer, sizes, seed=seed, make=network.make, device=device)
 
 
-def parameters_of(modules: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+def parameters_of(modules: Mapping[str, AdapterLinear]) -> dict[str, nn.Parameter]:
     """What is trained, by name."""
     return {
-        f"{name}.{part}.weight": getattr(module, part).weight
+        f"{name}.{part}": parameter
         for name, module in modules.items()
-        for part in ("lora_down", "lora_up")
+        for part, parameter in module.learned.items()
     }
 
 
 def groups_of(
     parameters: Mapping[str, nn.Parameter], *, rate: float, plus_ratio: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: one, or with LoRA+ one for each of the two factors."""
-    if plus_ratio == 1:
-        return [{"params": list(parameters.values()), "lr": rate}]
-    up = {name for name in parameters if name.endswith("lora_up.weight")}
-    return [
-        {"params": [p for name, p in parameters.items() if name not in up], "lr": rate},
-        {"params": [p for name, p in parameters.items() if name in up], "lr": rate * plus_ratio},
-    ]
+    """Parameter groups for an optimizer, one for each learning rate: with LoRA+ there are two."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        own = rate * plus_ratio if name.endswith(SECOND) else rate
+        groups.setdefault(own, []).append(parameter)
+    return [{"params": members, "lr": own} for own, members in groups.items()]
