@@ -161,7 +161,7 @@ def refine(
 ) -> Autoencoder:
     """Train the decoder alone: the latents stay as they are, so that the transformer may learn them meanwhile."""
     device = next(model.parameters()).device
-    model.encoder.requires_grad_(False)
+    model.decoder.requires_grad_(True)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         torch.manual_seed(step)
