@@ -9,6 +9,7 @@ from kontext.checkpoints import open_source
 from kontext.checkpoints.recognise import Kind
 from kontext.commands.merge import merge_into_checkpoint
 from kontext.commands.placing import placement
+from kontext.commands.recalling import recall, run_settings
 from kontext.console import ask, error, say, table
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
@@ -25,12 +26,15 @@ from kontext.options.generate import Generate
 
 def run(options: Generate) -> None:
     """Do what the options ask for."""
+    if options.from_image is not None:
+        options = recall(options, options.from_image)
     _check_mode(options)
     if options.save_merged_model is not None:
         _merge(options, options.save_merged_model)
         return
     base = _request(options)
-    requests = read_prompt_file(options.from_file, base) if options.from_file else [base]
+    lines = read_prompt_file(options.from_file, base) if options.from_file else [base]
+    requests = [copy for request in lines for copy in request.copies(options.images_per_prompt)]
     changing = options.interactive or any(request.multipliers is not None for request in requests)
     loras = _loras(options, attach=changing)
     writer = _writer(options, loras)
@@ -41,14 +45,14 @@ def run(options: Generate) -> None:
         return
     _check_models(options)
     if options.interactive:
-        _converse(kontext, base, writer)
+        _converse(kontext, base, writer, options.images_per_prompt)
     else:
         _make(kontext, requests, writer)
 
 
 def _check_mode(options: Generate) -> None:
     """Raise UserError unless exactly one way to ask for something is used."""
-    sources = ("from_file", "interactive", "latent_path", "save_merged_model")
+    sources = ("from_file", "from_image", "interactive", "latent_path", "save_merged_model")
     used = [flag_name(name) for name in sources if getattr(options, name)]
     if len(used) > 1:
         raise UserError(f"{' and '.join(used)} cannot be used together; give one of them.")
@@ -65,9 +69,13 @@ def _check_references(options: Generate) -> None:
         raise UserError("--control-resize crop and --no-resize-control exclude each other; leave one out.")
     if options.mask_blur and options.mask is None:
         raise UserError("--mask-blur needs --mask, whose edge it blurs.")
-    if options.restore_size and options.output_type == "latent":
-        raise UserError("--restore-size works on pictures, not on --output-type latent.")
-    unused = [name for name in ("restore_size", "mask") if options.latent_path and getattr(options, name)]
+    if options.output_type == "latent" and (options.restore_size or options.grid):
+        raise UserError("--restore-size and --grid work on pictures, not on --output-type latent.")
+    if options.grid and not (options.control_image or options.from_file or options.interactive):
+        raise UserError("--grid needs a reference (--control-image) to show beside the result.")
+    unused = [
+        name for name in ("restore_size", "mask", "grid") if options.latent_path and getattr(options, name)
+    ]
     if unused:
         raise UserError(f"{flag_name(unused[0])} needs the reference; it cannot be used with --latent-path.")
 
@@ -166,7 +174,7 @@ def _request(options: Generate) -> Request:
 
 def _writer(options: Generate, loras: Loras) -> Writer:
     """Where results go, with the settings that hold for the whole run. Raises UserError for a bad folder."""
-    common = {"software": f"kontext {__version__}"}
+    common = {"software": f"kontext {__version__}"} | run_settings(options)
     if options.dit is not None:
         common["dit"] = options.dit.name
     if options.lora_weight:
@@ -177,6 +185,8 @@ def _writer(options: Generate, loras: Loras) -> Writer:
         pictures=options.output_type != "latent",
         latents=options.output_type != "images",
         name=options.output_name,
+        format=options.output_format,
+        grid=options.grid,
         metadata=not options.no_metadata,
         common=common,
     )
@@ -192,7 +202,7 @@ def _decode(kontext: Kontext, paths: Sequence[Path], writer: Writer) -> None:
         writer.save_picture(stem, kontext.decode(file.latent), file.settings)
 
 
-def _converse(kontext: Kontext, base: Request, writer: Writer) -> None:
+def _converse(kontext: Kontext, base: Request, writer: Writer, copies: int) -> None:
     """Pictures from lines as they are typed in, until Ctrl-D. Ctrl-C stops a picture, not the program."""
     say("Type a prompt, with options such as --w 1024 --h 768 --d 42 --ci photo.png. Ctrl-D ends.")
     while (line := ask("> ")) is not None:
@@ -204,7 +214,7 @@ def _converse(kontext: Kontext, base: Request, writer: Writer) -> None:
             error(str(mistake))
             continue
         try:
-            for failure in run_batch(kontext, [request], writer):
+            for failure in run_batch(kontext, request.copies(copies), writer):
                 error(str(failure.error))
         except KeyboardInterrupt:
             say("Stopped.")

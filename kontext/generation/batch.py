@@ -1,7 +1,7 @@
 """Many pictures, stage by stage: every large model is loaded once, and one bad item does not end the rest."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -61,13 +61,28 @@ def run_batch(kontext: Kontext, requests: Sequence[Request], writer: Writer) -> 
     batch = Batch(requests)
     if any(request.references for request in requests):
         kontext.autoencoder()
-    framed = batch.each(lambda _, request: kontext.frame(request), dict(enumerate(requests, 1)))
+    framed = _frame_all(kontext, batch)
     conditioned = _condition_all(kontext, batch, framed) if framed else {}
     finished = _denoise_all(kontext, batch, conditioned, writer) if conditioned else {}
     if finished and writer.pictures:
         kontext.autoencoder()
         batch.each(lambda _, item: _decode(kontext, item, writer), finished)
     return batch.failures
+
+
+def _frame_all(kontext: Kontext, batch: Batch) -> dict[int, Framed]:
+    """Requests in a row that differ in nothing but the seed are framed once."""
+    last: list[tuple[Request, Framed]] = []
+
+    def frame(_: int, request: Request) -> Framed:
+        alike = replace(request, seed=None)
+        if last and last[0][0] == alike:
+            return replace(last[0][1], request=request.seeded())
+        framed = kontext.frame(request)
+        last[:] = [(alike, framed)]
+        return framed
+
+    return batch.each(frame, dict(enumerate(batch.requests, 1)))
 
 
 def _condition_all(kontext: Kontext, batch: Batch, framed: dict[int, Framed]) -> dict[int, Conditioned]:
@@ -102,3 +117,4 @@ def _decode(kontext: Kontext, item: Finished, writer: Writer) -> None:
     framed = item.framed
     picture = kontext.finish(framed, item.latent)
     writer.save_picture(item.stem, picture, settings_of(framed.request, framed.width, framed.height))
+    writer.save_grid(item.stem, picture, framed.request)

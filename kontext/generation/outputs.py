@@ -7,13 +7,15 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kontext.console import say
 from kontext.errors import UserError
-from kontext.files import atomic_write, save_tensors
+from kontext.files import save_tensors
+from kontext.generation.formats import FORMATS, save_picture
+from kontext.generation.references import at_height, open_references, side_by_side
 from kontext.generation.request import Request
 
 LATENT_KEY = "latent"
@@ -29,7 +31,7 @@ CHOICES = {
     "strength": "strength",
 }
 """Fields of a request that are noted where they are not the default, with the names of their options."""
-PICTURE, LATENT = ".png", ".safetensors"
+ENDINGS = (*FORMATS, "safetensors")
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,6 @@ def _text(name: str, value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def save_picture(path: Path, picture: Image.Image, settings: Mapping[str, str]) -> None:
-    """Writes a PNG atomically, with `settings` as its text."""
-    text = PngImagePlugin.PngInfo()
-    for name, value in settings.items():
-        text.add_itxt(name, value)
-    with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=text)
-
-
 def save_latent(path: Path, latent: Tensor, settings: Mapping[str, str]) -> None:
     """Writes a latent (1, C, h, w) atomically as key `latent` of shape (C, h, w), float32, not packed."""
     save_tensors(path, {LATENT_KEY: latent[0].float().cpu().contiguous()}, dict(settings))
@@ -121,11 +114,12 @@ def read_latent(path: Path) -> LatentFile:
 
 
 class Writer:
-    """Saves what was asked for: PNG pictures, latent files, or both, under one stem for each result.
+    """Saves what was asked for: pictures, latent files, or both, under one stem for each result.
 
     `name` fixes the stem, and files of earlier runs are replaced; without it the stem is `<time>_<seed>`, and no
-    file is ever overwritten. `common` are
-    settings of the whole run (model, LoRA), to which each result adds its own; `metadata` False leaves all out.
+    file is ever overwritten. `format` is an ending of formats.FORMATS. `grid` writes a second picture, of the references
+    and the result side by side. `common` are settings of the whole run (model, LoRA), to which each result adds its
+    own; `metadata` False leaves all out.
     """
 
     def __init__(
@@ -135,10 +129,13 @@ class Writer:
         pictures: bool = True,
         latents: bool = False,
         name: str | None = None,
+        format: str = "png",
+        grid: bool = False,
         metadata: bool = True,
         common: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.name = folder, name
+        self.format, self.grid = format, grid
         self.pictures, self.latents = pictures, latents
         self.metadata, self.common = metadata, dict(common or {})
         self._used: set[str] = set()
@@ -171,19 +168,27 @@ class Writer:
         return free
 
     def _exists(self, stem: str) -> bool:
-        return any((self.folder / f"{stem}{ending}").exists() for ending in (PICTURE, LATENT))
+        return any((self.folder / f"{stem}.{ending}").exists() for ending in ENDINGS)
 
     def save_picture(self, stem: str, picture: Image.Image, settings: Mapping[str, str]) -> None:
-        """Write a PNG and say where, if pictures are wanted."""
+        """Write a picture and say where, if pictures are wanted."""
         if self.pictures:
-            path = self.folder / f"{stem}{PICTURE}"
+            path = self.folder / f"{stem}.{self.format}"
             save_picture(path, picture, self._kept(settings))
             say(f"{path}  {picture.width}x{picture.height}, seed {settings.get('seeds', 'unknown')}")
+
+    def save_grid(self, stem: str, picture: Image.Image, request: Request) -> None:
+        """Write references | result, all at the result's height, if that is wanted and there are references."""
+        if self.pictures and self.grid and request.references:
+            references = [at_height(opened.image, picture.height) for opened in open_references(request)]
+            path = self.folder / f"{stem}_grid.{self.format}"
+            save_picture(path, side_by_side([*references, picture]), {})
+            say(f"{path}  references | result")
 
     def save_latent(self, stem: str, latent: Tensor, settings: Mapping[str, str]) -> None:
         """Write a latent file and say where, if latents are wanted."""
         if self.latents:
-            path = self.folder / f"{stem}{LATENT}"
+            path = self.folder / f"{stem}.safetensors"
             save_latent(path, latent, self._kept(settings))
             say(f"{path}  seed {settings.get('seeds', 'unknown')}")
 

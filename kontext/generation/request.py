@@ -63,3 +63,11 @@ class Request:
     def seeded(self) -> "Request":
         """The same request with a seed: a random one of 32 bits where none was given."""
         return self if self.seed is not None else replace(self, seed=random.SystemRandom().getrandbits(32))
+
+    def copies(self, count: int) -> list["Request"]:
+        """`count` requests with seeds counted up from this one's."""
+        if count == 1:
+            return [self]
+        first = self.seeded()
+        assert first.seed is not None
+        return [replace(first, seed=first.seed + number) for number in range(count)]

@@ -116,7 +116,13 @@ class Output(Options):
         pattern=r"^[^/\\]+$",
     )
     output_type: Literal["images", "latent", "latent_images"] = option(
-        "Write PNG pictures, latents as .safetensors, or both.", default="images"
+        "Write pictures, latents as .safetensors, or both.", default="images"
+    )
+    output_format: Literal["png", "jpg", "webp"] = option(
+        "Format of the pictures; jpg and webp at quality 95.", default="png"
+    )
+    grid: bool = option(
+        "Also write a picture of references and result side by side, as <name>_grid.", default=False
     )
     no_metadata: bool = option("Keep prompt and settings out of the files.", default=False)
 
@@ -128,6 +134,13 @@ class Source(Options):
         "Text file with one prompt per line; a line may set --w --h --d (seed) --s (steps) --g (guidance) --fs (shift) "
         "--ci (reference) --n (negative) --l (true cfg) --m (LoRA strengths).",
         default=None,
+    )
+    from_image: Path | None = option(
+        "Repeat a picture from the settings that it carries; options that are given win. Models must be given.",
+        default=None,
+    )
+    images_per_prompt: int = option(
+        "Pictures of each prompt, with seeds counted up.", default=1, ge=1, le=10_000
     )
     interactive: bool = option("Read prompt lines from the keyboard; models stay loaded.", default=False)
     latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])

@@ -113,12 +113,12 @@ def test_a_size_that_is_no_multiple_of_16_is_rounded_with_a_notice(generate, tmp
 
 
 def test_a_prompt_file_goes_on_past_a_failure_and_says_so(generate, tmp_path):
-    lines = "red --d 1\nblue --ci nowhere.png\n# no\ngreen --w 16\nblue --d 2 --h 80\n"
+    lines = "red --d 1\nblue --ci nowhere.png\n# no\ngreen --w 8\nblue --d 2 --h 80\n"
     (tmp_path / "prompts.txt").write_text(lines)
     code, said = generate("--from-file", tmp_path / "prompts.txt", "--output-name", "x")
     assert code == 2 and files(tmp_path / "out") == ["x_001.png", "x_004.png"]
     assert Image.open(tmp_path / "out" / "x_004.png").size == (64, 80)
-    assert "nowhere.png: no such file" in said and "16x64 pixels" in said and "2 of 4 pictures" in said
+    assert "nowhere.png: no such file" in said and "8x64 pixels" in said and "2 of 4 pictures" in said
 
 
 def test_a_bad_line_is_refused_before_anything_is_loaded(generate, tmp_path):

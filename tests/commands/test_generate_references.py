@@ -56,7 +56,10 @@ def test_placements_and_stitching_give_other_pictures(generate, tmp_path, photos
     "more, message",
     [
         (["--prompt", "x", "--restore-size"], "--restore-size needs a reference"),
-        (["--prompt", "x", "--restore-size", "--output-type", "latent"], "--restore-size works on pictures"),
+        (
+            ["--prompt", "x", "--restore-size", "--output-type", "latent"],
+            "--restore-size and --grid work on pictures",
+        ),
         (["--prompt", "x", "--no-resize-control", "--control-resize", "crop"], "exclude each other"),
     ],
 )

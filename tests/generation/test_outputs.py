@@ -11,6 +11,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from kontext.errors import UserError
 from kontext.generation import outputs
+from kontext.generation.formats import save_picture
 from kontext.generation.request import Request
 
 REQUEST = Request("a cät", references=(Path("in.png"),), seed=7, steps=3, flow_shift=2.0)
@@ -18,7 +19,7 @@ REQUEST = Request("a cät", references=(Path("in.png"),), seed=7, steps=3, flow_
 
 def test_a_picture_carries_its_settings(tmp_path):
     settings = outputs.settings_of(REQUEST, 64, 96)
-    outputs.save_picture(tmp_path / "a.png", Image.new("RGB", (4, 2), (1, 2, 3)), settings)
+    save_picture(tmp_path / "a.png", Image.new("RGB", (4, 2), (1, 2, 3)), settings)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.text == settings and picture.getpixel((3, 1)) == (1, 2, 3)
     assert settings == {

@@ -1,0 +1,88 @@
+"""`kontext generate`: formats, grids, several pictures of a prompt, and pictures repeated from their settings."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kontext.generation.formats import read_settings, save_picture
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_picture_is_repeated_from_its_settings(generate, tmp_path, photo):
+    options = (
+        "--prompt", "red", "--seed", 5, "--control-image", photo, "--no-resize-control", "--sampler", "heun",
+        "--embedded-cfg-scale", 3.5, "--flow-shift", 2, "--negative-prompt", "blue", "--true-cfg-scale", 2,
+        "--schedule", "simple", "--strength", 0.7, "--restore-size",
+    )  # fmt: skip
+    assert generate(*options, "--output-name", "first", size=(32, 48))[0] == 0
+    first = tmp_path / "out" / "first.png"
+    code, said = generate("--from-image", first, "--output-name", "again", size=None)
+    assert code == 0 and "Settings from" in said
+    assert (tmp_path / "out" / "again.png").read_bytes() == first.read_bytes()
+    code, _ = generate("--from-image", first, "--seed", 6, "--output-name", "other", size=None)
+    other = tmp_path / "out" / "other.png"
+    assert code == 0 and read_settings(other) == read_settings(first) | {"seeds": "6"}
+    assert not np.array_equal(Image.open(other), Image.open(first))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sampler": "magic"}, "its setting for --sampler, 'magic', is not valid"),
+        ({"seeds": "-1"}, "its setting for --seed, '-1', is not valid"),
+        ({"height": "tall"}, "its setting for --image-size"),
+        (
+            {"lora_weight": "style.safetensors"},
+            "was made with the LoRA style.safetensors; give it with --lora-weight",
+        ),
+    ],
+)
+def test_tampered_settings(generate, tmp_path, changes, message):
+    settings = {"prompt": "x", "seeds": "1", "width": "64", "height": "64"} | changes
+    save_picture(tmp_path / "odd.png", Image.new("RGB", (64, 64)), settings)
+    code, said = generate("--from-image", tmp_path / "odd.png", size=None)
+    assert code == 2 and "odd.png" in said and message in said and "Traceback" not in said
+
+
+def test_seeds_count_up(generate, tmp_path):
+    options = ("--prompt", "red", "--infer-steps", 1, "--output-format", "jpg")
+    code, _ = generate(*options, "--seed", 8, "--images-per-prompt", 2)
+    names = files(tmp_path / "out")
+    assert code == 0 and [name.rpartition("_")[2] for name in names] == ["8.jpg", "9.jpg"]
+    generate(*options, "--seed", 9, "--output-name", "alone")
+    second, alone = (Image.open(tmp_path / "out" / name) for name in (names[1], "alone.jpg"))
+    assert second.format == "JPEG" and np.array_equal(second, alone)
+
+
+def test_a_reference_is_encoded_once_for_all_copies(generate, tmp_path, photo):
+    options = ("--prompt", "red", "--control-image", photo, "--images-per-prompt", 3, "--infer-steps", 1)
+    photo_at_another_size = Image.open(photo).resize((85, 50))
+    photo_at_another_size.save(photo)
+    code, said = generate(*options, "--no-resize-control")
+    assert code == 0 and said.count("85x50 cropped, 80x48") == 1 and len(files(tmp_path / "out")) == 3
+
+
+def test_a_grid_shows_reference_and_result(generate, tmp_path, photo):
+    options = ("--prompt", "red", "--control-image", photo, "--no-resize-control", "--output-name", "x")
+    code, _ = generate(*options, "--grid", size=(96, 64))
+    out = tmp_path / "out"
+    assert code == 0 and files(out) == ["x.png", "x_grid.png"]
+    expected = Image.new("RGB", (160 + 64, 96))
+    expected.paste(Image.open(photo).resize((160, 96), Image.Resampling.LANCZOS), (0, 0))
+    expected.paste(Image.open(out / "x.png"), (160, 0))
+    assert np.array_equal(Image.open(out / "x_grid.png"), expected)
+
+
+def test_a_grid_needs_a_reference(generate):
+    code, said = generate("--prompt", "x", "--grid")
+    assert code == 2 and "--grid needs a reference" in said
