@@ -190,7 +190,12 @@ def updates(
     device: torch.device,
 ) -> Updates:
     """Optimizer, learning rates, clipping and loss scale. Raises UserError for an optimizer that cannot be had."""
-    groups = groups_of(parameters, rate=options.learning_rate, plus_ratio=network.plus_ratio)
+    groups = groups_of(
+        parameters,
+        rate=options.learning_rate,
+        plus_ratio=network.plus_ratio,
+        patterns=network.rate_patterns,
+    )
     arguments = parse_arguments(options.optimizer_args, "--optimizer-args")
     scaled = precision(options) == "float16" and device.type == "cuda"
     return Updates(

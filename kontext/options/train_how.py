@@ -46,7 +46,10 @@ class Network(Options):
     )
     network_args: Pairs = option(
         "Further settings as key=value: rank_dropout, module_dropout, include_patterns, exclude_patterns (a regex, or "
-        "a list of them in Python's spelling), loraplus_lr_ratio, dora (dora_wd means the same), factor (of lokr).",
+        "a list of them in Python's spelling), loraplus_lr_ratio, dora (dora_wd means the same), factor (of lokr), "
+        "rank_patterns and lr_patterns: the rank (at the same alpha/rank) and the learning rate of some modules, as "
+        "regex=number or a list of that, such as rank_patterns=['double_blocks.*=32', 'single_blocks.*=8']; the first "
+        "that matches a whole name counts.",
         default=[],
     )
     network_weights: Path | None = option(

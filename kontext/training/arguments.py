@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kontext.errors import UserError
 
-Value = str | int | float | bool | None | tuple["Value", ...] | list["Value"]
+Value = str | int | float | bool | None | tuple["Value", ...] | list["Value"] | dict["Value", "Value"]
 
 
 def parse_arguments(words: Sequence[str], option: str) -> dict[str, Value]:

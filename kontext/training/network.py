@@ -1,6 +1,8 @@
 """The adapter in training: how it is built, and its parameters by name and by learning rate."""
 
-from collections.abc import Callable, Mapping
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from kontext.errors import UserError
 from kontext.lora.adapter import Size, targets, wrap
 from kontext.lora.dora import DoraLinear
 from kontext.lora.linear import AdapterLinear, LoraLinear
+from kontext.lora.patterns import compile_patterns
 from kontext.lora.products import LohaLinear, LokrLinear
 from kontext.model.transformer import Transformer
 from kontext.training.arguments import Value
@@ -20,6 +23,7 @@ Kind = Literal["lora", "dora", "loha", "lokr"]
 KINDS: dict[Kind, type[AdapterLinear]] = {
     "lora": LoraLinear, "dora": DoraLinear, "loha": LohaLinear, "lokr": LokrLinear,
 }  # fmt: skip
+_PART = re.compile(r"\.(?:lora_\w+\.weight|(?:hada|lokr|dora)_\w+)$")  # of a parameter's name
 # The factor of each kind that starts at zero: what LoRA+ trains faster.
 SECOND = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 
@@ -28,6 +32,9 @@ SECOND = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 class Network:
     """A network of adapters. plus_ratio: by how much the learning rate of the factor that starts at zero exceeds that
     of the others (LoRA+). factor: how LoKr splits a linear (see `factorise`).
+
+    rank_patterns, rate_patterns: ranks and learning rates of the modules whose whole name a regex matches; the first
+    that does counts. Alpha goes with the rank, so that all adapters act with one strength.
     """
 
     rank: int
@@ -40,6 +47,8 @@ class Network:
     exclude_patterns: tuple[str, ...] = ()
     plus_ratio: float = 1.0
     factor: int = -1
+    rank_patterns: tuple[tuple[str, int], ...] = ()
+    rate_patterns: tuple[tuple[str, float], ...] = ()
 
     @property
     def make(self) -> Callable[..., AdapterLinear]:
@@ -68,6 +77,8 @@ def network_of(
         "exclude_patterns": ("exclude_patterns", _patterns),
         "loraplus_lr_ratio": ("plus_ratio", _positive),
         "factor": ("factor", _factor),
+        "rank_patterns": ("rank_patterns", _ranks),
+        "lr_patterns": ("rate_patterns", _rates),
         "dora": ("dora", _flag),
         "dora_wd": ("dora", _flag),
     }
@@ -119,6 +130,59 @@ def _patterns(key: str, value: Value) -> tuple[str, ...]:
     return patterns
 
 
+def _ranks(key: str, value: Value) -> tuple[tuple[str, int], ...]:
+    found = _by_pattern(key, value)
+    if not all(isinstance(rank, int) and rank > 0 for _, rank in found):
+        raise UserError(f"--network-args: the ranks in {key} must be whole numbers above 0, not {value!r}.")
+    return found
+
+
+def _rates(key: str, value: Value) -> tuple[tuple[str, float], ...]:
+    return tuple((pattern, _positive(key, rate)) for pattern, rate in _by_pattern(key, value))
+
+
+def _by_pattern(key: str, value: Value) -> tuple[tuple[str, Any], ...]:
+    """`regex=number`, a list of them, or a dictionary."""
+    if isinstance(value, dict):
+        return tuple(value.items())
+    words = [word.rpartition("=") for word in _patterns(key, value)]
+    try:
+        return tuple((pattern.strip(), ast.literal_eval(number.strip())) for pattern, _, number in words)
+    except (ValueError, SyntaxError) as error:
+        raise UserError(
+            f"--network-args: {key} must be regex=number, or a list of them, not {value!r}."
+        ) from error
+
+
+def sizes_of(network: Network, names: Sequence[str]) -> dict[str, Size]:
+    """The size of the adapter of each module. Raises UserError for a pattern that matches none."""
+    ranks = _matched(network.rank_patterns, names, "rank_patterns")
+    strength = network.alpha / network.rank
+    return {
+        name: Size(ranks[name], strength * ranks[name])
+        if name in ranks
+        else Size(network.rank, network.alpha)
+        for name in names
+    }
+
+
+def _matched(patterns: Sequence[tuple[str, float]], names: Sequence[str], argument: str) -> dict[str, Any]:
+    """{name: value of the first pattern that matches it}, for the names that one does."""
+    compiled = compile_patterns(pattern for pattern, _ in patterns)
+    for pattern in compiled:
+        if not any(pattern.fullmatch(name) for name in names):
+            raise UserError(
+                f"--network-args: {pattern.pattern!r} in {argument} matches no trained module. "
+                "Patterns must match a whole name such as double_blocks.0.img_attn.qkv."
+            )
+    values = [value for _, value in patterns]
+    found = {
+        name: next((v for p, v in zip(compiled, values, strict=True) if p.fullmatch(name)), None)
+        for name in names
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def build(
     transformer: Transformer, network: Network, *, seed: int, device: torch.device | None = None
 ) -> dict[str, AdapterLinear]:
@@ -129,8 +193,7 @@ def build(
     names = targets(
         transformer, include_patterns=network.include_patterns, exclude_patterns=network.exclude_patterns
     )
-    sizes = dict.fromkeys(names, Size(network.rank, network.alpha))
-    return wrap(transformer, sizes, seed=seed, make=network.make, device=device)
+    return wrap(transformer, sizes_of(network, names), seed=seed, make=network.make, device=device)
 
 
 def parameters_of(modules: Mapping[str, AdapterLinear]) -> dict[str, nn.Parameter]:
@@ -143,11 +206,20 @@ def parameters_of(modules: Mapping[str, AdapterLinear]) -> dict[str, nn.Paramete
 
 
 def groups_of(
-    parameters: Mapping[str, nn.Parameter], *, rate: float, plus_ratio: float
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    rate: float,
+    plus_ratio: float,
+    patterns: Sequence[tuple[str, float]] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, one for each learning rate: with LoRA+ there are two."""
+    """Parameter groups for an optimizer, one for each learning rate: with LoRA+ there are two.
+
+    patterns: (regex of module names, learning rate). Raises UserError for one that matches no module.
+    """
+    owners = {name: _PART.sub("", name) for name in parameters}
+    rates = _matched(patterns, list(owners.values()), "lr_patterns")
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        own = rate * plus_ratio if name.endswith(SECOND) else rate
+        own = rates.get(owners[name], rate) * (plus_ratio if name.endswith(SECOND) else 1)
         groups.setdefault(own, []).append(parameter)
     return [{"params": members, "lr": own} for own, members in groups.items()]

@@ -13,9 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kontext.checkpoints import open_source, transformer_config
 from kontext.cli import main
-from kontext.lora.files import read_adapter
 from tests.training.dataset import Cached, cached_dataset
 
 BASE = ["--seed", "42", "--network-dim", "4", "--learning-rate", "1e-3", "--max-data-loader-n-workers", "0"]
@@ -137,34 +135,6 @@ def test_training_starts_from_given_weights(cached: Cached, tmp_path: Path) -> N
     old, new = load_file(before), load_file(tmp_path / "next" / "edit.safetensors")
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor)
-
-
-@pytest.mark.parametrize(
-    ("kind", "asked"),
-    [
-        ("DoRA", ["--network-args", "dora_wd=True"]),
-        ("LoHa", ["--network-module", "networks.loha"]),
-        ("LoKr", ["--network-module", "lokr", "--network-args", "factor=4"]),
-    ],
-)
-def test_other_networks_train_and_go_on(
-    cached: Cached, tiny_files: Any, tmp_path: Path, kind: str, asked: list[str]
-) -> None:
-    assert main(words(cached, tmp_path, "--max-train-steps", "3", *asked)) == 0
-    file = tmp_path / "edit.safetensors"
-    config = transformer_config(open_source(tiny_files.dit, "transformer"))
-    before = read_adapter(file, config)
-    assert before.kinds == [kind] and not before.unmatched
-    assert metadata(file)["ss_network_module"] == {
-        "DoRA": "networks.lora_flux", "LoHa": "networks.loha", "LoKr": "networks.lokr",
-    }[kind]  # fmt: skip
-    again = ["--network-weights", str(file), "--learning-rate", "1e-12", "--max-train-steps", "1"]
-    assert main(words(cached, tmp_path / "next", *asked, *again)) == 0
-    after = read_adapter(tmp_path / "next" / "edit.safetensors", config)
-    for name, (delta,) in before.deltas.items():
-        base = torch.randn(delta.change.shape, generator=torch.Generator().manual_seed(0))
-        old, new = (adapter.deltas[name][0].change.dense(base) for adapter in (before, after))
-        assert old.norm() > 0 and (new - old).norm() < 1e-4 * old.norm(), name
 
 
 def test_missing_caches_name_the_command(
