@@ -7,17 +7,18 @@ from kontext import __version__
 from kontext.backends import attention_backend
 from kontext.checkpoints import open_source
 from kontext.checkpoints.recognise import Kind
+from kontext.commands.conversing import converse
 from kontext.commands.merge import merge_into_checkpoint
 from kontext.commands.placing import placement
 from kontext.commands.recalling import recall, run_settings
-from kontext.console import ask, error, say, table
+from kontext.console import table
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
 from kontext.generation.batch import run_batch
 from kontext.generation.outputs import Writer, read_latent
 from kontext.generation.parts import Loras, ModelFiles, Runtime
 from kontext.generation.pipeline import Kontext
-from kontext.generation.prompts import parse_line, read_prompt_file
+from kontext.generation.prompt_files import read_prompt_file
 from kontext.generation.request import Request
 from kontext.lora.merge import spread
 from kontext.options.base import flag_name, need
@@ -36,7 +37,7 @@ def run(options: Generate) -> None:
     lines = read_prompt_file(options.from_file, base) if options.from_file else [base]
     requests = [copy for request in lines for copy in request.copies(options.images_per_prompt)]
     changing = options.interactive or any(request.multipliers is not None for request in requests)
-    loras = _loras(options, attach=changing)
+    loras = _loras(options, attach=changing or options.lora_attach)
     writer = _writer(options, loras)
     kontext = Kontext(_files(options), _runtime(options), loras)
     if options.latent_path:
@@ -45,7 +46,7 @@ def run(options: Generate) -> None:
         return
     _check_models(options)
     if options.interactive:
-        _converse(kontext, base, writer, options.images_per_prompt)
+        converse(kontext, base, writer, options.images_per_prompt)
     else:
         _make(kontext, requests, writer)
 
@@ -200,24 +201,6 @@ def _decode(kontext: Kontext, paths: Sequence[Path], writer: Writer) -> None:
     for number, (path, file) in enumerate(zip(paths, files, strict=True), 1):
         stem = writer.stem(number, len(paths), file.seed, path.stem)
         writer.save_picture(stem, kontext.decode(file.latent), file.settings)
-
-
-def _converse(kontext: Kontext, base: Request, writer: Writer, copies: int) -> None:
-    """Pictures from lines as they are typed in, until Ctrl-D. Ctrl-C stops a picture, not the program."""
-    say("Type a prompt, with options such as --w 1024 --h 768 --d 42 --ci photo.png. Ctrl-D ends.")
-    while (line := ask("> ")) is not None:
-        if not line.strip():
-            continue
-        try:
-            request = parse_line(line, base, "This line")
-        except UserError as mistake:
-            error(str(mistake))
-            continue
-        try:
-            for failure in run_batch(kontext, request.copies(copies), writer):
-                error(str(failure.error))
-        except KeyboardInterrupt:
-            say("Stopped.")
 
 
 def _make(kontext: Kontext, requests: Sequence[Request], writer: Writer) -> None:

@@ -18,6 +18,7 @@ from kontext.denoiser import Conditioning, Denoiser
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
 from kontext.flow import schedule
+from kontext.generation.cut import say_cut
 from kontext.generation.inpaint import Canvas, check_canvas, latent_area, open_mask, paste
 from kontext.generation.parts import (
     Loras,
@@ -36,6 +37,7 @@ from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
 from kontext.sampler import SAMPLERS, Denoise
 
+T5_LIMIT = 512
 OnStep = Callable[[int], None]
 """Called with the number of each step that is done, from 0."""
 
@@ -190,7 +192,17 @@ class Kontext:
     @torch.no_grad()
     def _read(self, prompt: str) -> Text:
         parts = self.text_encoders()
-        txt = encode_t5(parts.t5, parts.t5_tokenizer, [prompt], max_length=self.runtime.t5_max_length)
+        length, clip_length = self.runtime.t5_max_length, parts.clip.config.max_position_embeddings
+        more = "." if length == T5_LIMIT else f"; --t5-max-length {T5_LIMIT} reads more."
+        say_cut("T5", parts.t5_tokenizer, prompt, length, more)
+        say_cut(
+            "CLIP",
+            parts.clip_tokenizer,
+            prompt,
+            clip_length,
+            ", which T5 still reads if it is not cut there.",
+        )
+        txt = encode_t5(parts.t5, parts.t5_tokenizer, [prompt], max_length=length)
         return Text(txt.cpu(), encode_clip(parts.clip, parts.clip_tokenizer, [prompt]).cpu())
 
     def _strengths_for(self, request: Request) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """Prompt lines: `a cat on a mat --w 1024 --h 768 --d 42 --ci photo.png`, from a file or typed in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,16 +61,27 @@ def parse_line(line: str, base: Request, where: str) -> Request:
     Raises UserError, beginning with `where`, for an unknown, repeated or unreadable option and an empty prompt.
     """
     prompt, *pieces = (" " + line).split(" --")
-    changes: dict[str, object] = {"prompt": prompt.strip() or base.prompt}
-    if not changes["prompt"]:
+    prompt = prompt.strip() or base.prompt
+    if not prompt:
         raise UserError(f"{where}: there is no prompt before the options.")
+    settings = []
     for piece in pieces:
         letter, _, text = piece.strip().partition(" ")
-        word = WORDS.get(letter.lower())
-        if word is None:
+        if letter.lower() not in WORDS:
             known = " ".join(f"--{name}" for name in WORDS)
             raise UserError(f"{where}: unknown option --{letter}; a prompt line knows {known}.")
-        _set(changes, word, text.strip(), f"{where}: --{letter}")
+        settings.append((letter.lower(), text.strip(), f"{where}: --{letter}"))
+    return change(base, {"prompt": prompt}, settings)
+
+
+def change(base: Request, changes: Mapping[str, object], settings: Iterable[tuple[str, str, str]]) -> Request:
+    """`base` with `changes` and `settings`: letter of WORDS, text, and where it stands (for messages).
+
+    Raises UserError for a repeated or unreadable setting.
+    """
+    changes = dict(changes)
+    for letter, text, where in settings:
+        _set(changes, WORDS[letter], text, where)
     if changes.get("flow_shift") == 0:
         changes["flow_shift"] = None
     return replace(base, **changes)
@@ -86,23 +97,11 @@ def _set(changes: dict[str, object], word: _Word, text: str, where: str) -> None
     changes[word.field] = (*changes.get(word.field, ()), value) if word.repeatable else value
 
 
-def read_prompt_file(path: Path, base: Request) -> list[Request]:
-    """The requests of a text file, one per line; blank lines and lines that begin with # are left out.
-
-    Raises UserError that names the file and line for a bad line, and for a file that holds none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: the prompt file cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the prompt file is not UTF-8 text.") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    requests = [
+def read_lines(text: str, base: Request, path: Path) -> list[Request]:
+    """A request for each line; blank lines and lines that begin with # are left out."""
+    numbered = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [
         parse_line(line, base, f"{path}, line {number}")
         for number, line in numbered
         if line and not line.startswith("#")
     ]
-    if not requests:
-        raise UserError(f"{path}: the prompt file holds no prompt; write one per line.")
-    return requests

@@ -101,6 +101,11 @@ class Loras(Options):
     lycoris: bool = option(
         "Accepted for old command lines: LyCORIS files are recognised with or without it.", default=False
     )
+    lora_attach: bool = option(
+        "Keep LoRAs beside the weights instead of merging them in: some percent slower, exact in any precision. "
+        "Always so with 8-bit weights, and where strengths change between pictures.",
+        default=False,
+    )
     save_merged_model: Path | None = option(
         "Write the transformer with the LoRA files merged into it to this file, and stop.", default=None
     )
@@ -131,8 +136,9 @@ class Source(Options):
     """Several pictures"""
 
     from_file: Path | None = option(
-        "Text file with one prompt per line; a line may set --w --h --d (seed) --s (steps) --g (guidance) --fs (shift) "
-        "--ci (reference) --n (negative) --l (true cfg) --m (LoRA strengths).",
+        "Several prompts. A text file has one per line, which may set --w --h --d (seed) --s (steps) --g (guidance) --fs (shift) "
+        "--ci (reference) --n (negative) --l (true cfg) --m (LoRA strengths). A .jsonl file has an object per line, a .toml "
+        "file [[pictures]], with prompt and the names of these options.",
         default=None,
     )
     from_image: Path | None = option(

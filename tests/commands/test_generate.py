@@ -160,7 +160,7 @@ def test_ctrl_c_stops_the_picture_then_the_program(generate, monkeypatch):
         return []
 
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr("kontext.commands.generate.run_batch", run_batch)
+    monkeypatch.setattr("kontext.commands.conversing.run_batch", run_batch)
     code, said = generate("--interactive")
     assert code == 130 and made == [1, 2] and "Stopped." in said
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kontext.errors import UserError
-from kontext.generation.prompts import parse_line, read_prompt_file
+from kontext.generation.prompts import parse_line
 from kontext.generation.request import Request
 
 BASE = Request("", width=512, height=256, seed=5, guidance=3.5)
@@ -66,33 +66,3 @@ def test_bad_lines(line, message):
     with pytest.raises(UserError) as caught:
         parse_line(line, BASE, "here")
     assert message in str(caught.value)
-
-
-def test_a_file_is_read_line_by_line(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("# comment\n\n  a cat --d 1\nein Hündchen\n", encoding="utf-8")
-    assert [(r.prompt, r.seed) for r in read_prompt_file(file, BASE)] == [("a cat", 1), ("ein Hündchen", 5)]
-
-
-def test_a_bad_line_is_named_by_file_and_number(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("fine\n# no\nwrong --z\n")
-    with pytest.raises(UserError, match=r"prompts\.txt, line 3: unknown option --z"):
-        read_prompt_file(file, BASE)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "cannot be read"),
-        (b"", "holds no prompt"),
-        (b"# x\n\n", "holds no"),
-        (b"\xff\xfe\x00", "UTF-8"),
-    ],
-)
-def test_bad_files(tmp_path, content, message):
-    file = tmp_path / "prompts.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_prompt_file(file, BASE)
