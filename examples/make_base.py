@@ -20,6 +20,7 @@ from small_world.pictures import to_bytes, to_image
 from small_world.sheet import sheet
 from small_world.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
+from kontext.allocation import reuse_freed_memory
 from kontext.console import say, table
 
 HERE = Path(__file__).parent
@@ -95,6 +96,7 @@ def picture_sheet(
 
 def main() -> None:
     options = arguments()
+    reuse_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     sizes = (

@@ -8,7 +8,6 @@ generate with the merged model. Prints the edit errors on held-out scenes and wr
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -32,12 +31,6 @@ T5, CLIP = MODELS / "t5.safetensors", MODELS / "clip.safetensors"
 CPU = ("--device", "cpu", "--dtype", "float32")
 DATASET = ("--dataset-config", "examples/dataset.toml")
 ENCODERS = ("--text-encoder1", T5, "--text-encoder2", CLIP, "--t5-max-length", "8")
-# glibc gives large blocks back to the system after each use; keeping them makes training here up to twice as fast.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "33000000",
-    "MALLOC_TRIM_THRESHOLD_": "4000000000",
-}
 SHOWN = 4
 
 
@@ -45,7 +38,7 @@ def run(*arguments: object) -> None:
     """Run one command in a process of its own, as a user would, and say which."""
     words = [str(argument) for argument in arguments]
     say("$ " + " ".join(words).replace(sys.executable, "python"))
-    subprocess.run(words, cwd=ROOT, check=True, env=KEEP_MEMORY | dict(os.environ))
+    subprocess.run(words, cwd=ROOT, check=True)
 
 
 def kontext(command: str, *options: object) -> None:
