@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kontext.data.cache import Kind, read_latents, read_text
 from kontext.data.images import read_picture
-from kontext.data.items import Skips
+from kontext.data.items import Item, Skips
 from kontext.data.plan import Block, Entry, Part, Status, check_caches, plan_blocks
 from kontext.errors import UserError
 
@@ -50,9 +50,11 @@ class Group:
 class Batches:
     """The batches of a dataset file, by epoch and index. Safe to copy into worker processes."""
 
-    def __init__(self, groups: Sequence[Group], *, seed: int) -> None:
+    def __init__(self, groups: Sequence[Group], *, seed: int, vary: bool = True) -> None:
+        """vary: choose among the captions of an item anew each time; otherwise it is always the first."""
         self.groups = tuple(groups)
         self.seed = seed
+        self.vary = vary
         self._known: tuple[int, tuple[tuple[Entry, ...], ...]] = (-1, ())
 
     @property
@@ -72,7 +74,24 @@ class Batches:
 
     def load(self, epoch: int, index: int) -> Batch:
         """A batch of an epoch, from the caches. Raises UserError when a cache file is gone."""
-        return load_batch(self.order(epoch)[index])
+        entries = self.order(epoch)[index]
+        captions = [
+            choose_caption(entry.item, f"{self.seed}/{epoch}/{index}/{row}")
+            if self.vary
+            else entry.item.caption
+            for row, entry in enumerate(entries)
+        ]
+        return load_batch(entries, captions)
+
+
+def choose_caption(item: Item, seed: str) -> str:
+    """One of the item's captions, each as likely, or with the likelihood of its dropout the empty prompt."""
+    if not (item.others or item.dropout):
+        return item.caption
+    source = random.Random(f"caption/{seed}")
+    if source.random() < item.dropout:
+        return ""
+    return source.choice((item.caption, *item.others))
 
 
 def shuffled(groups: Sequence[Group], seed: str) -> tuple[tuple[Entry, ...], ...]:
@@ -88,10 +107,10 @@ def shuffled(groups: Sequence[Group], seed: str) -> tuple[tuple[Entry, ...], ...
     return tuple(batches)
 
 
-def load_batch(entries: Sequence[Entry]) -> Batch:
-    """The cached tensors of entries of equal sizes."""
+def load_batch(entries: Sequence[Entry], captions: Sequence[str]) -> Batch:
+    """The cached tensors of entries of equal sizes, each with one of its captions."""
     latents = [read_latents(entry.latents) for entry in entries]
-    texts = [read_text(entry.text) for entry in entries]
+    texts = [read_text(entry.text, caption) for entry, caption in zip(entries, captions, strict=True)]
     references = zip(*(each.references for each in latents), strict=True)
     return Batch(
         latents=torch.stack([each.target for each in latents]),
@@ -134,7 +153,9 @@ def open_batches(
         raise UserError(
             f"{path}: no picture can be used; the first is skipped because: {skips.rows[0].reason}"
         )
-    return Batches([group for block in blocks for group in _group(block, texts)], seed=seed)
+    return Batches(
+        [group for block in blocks for group in _group(block, texts)], seed=seed, vary=part == "training"
+    )
 
 
 def _unreadable(entries: Sequence[Entry], skips: Skips) -> list[Entry]:

@@ -7,8 +7,9 @@
     <key>_fk_te.safetensors
         t5_vec_<dtype>                          (T, D)
         clip_l_pooler_<dtype>                   (V,)
+        t5_vec_<i>_<dtype>, clip_l_pooler_<i>_<dtype>   of further captions, i from 1
 
-Metadata: `architecture`, `format_version`, `width` and `height` or `caption1`, and of our own `kontext`: a `Record`
+Metadata: `architecture`, `format_version`, `width` and `height` or `caption1` (`caption2` ... of further captions), and of our own `kontext`: a `Record`
 in JSON that tells what the file was made from. Files without it (musubi-tuner's) are read as well.
 """
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,11 +78,11 @@ class Header:
     """What a cache file says without its tensors being read.
 
     shapes: by logical name (`latents`, `latents_control`, `latents_control_1`, `t5_vec`, `clip_l_pooler`).
-    record: None in files of other programs.
+    captions: all that it has embeddings of. record: None in files of other programs.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    caption: str | None
+    captions: tuple[str, ...]
     record: Record | None
 
     @property
@@ -124,14 +126,20 @@ def write_latents(path: Path, latents: Latents, *, size: Size, record: Record, s
     _save(path, tensors, {"width": str(size[0]), "height": str(size[1])}, record)
 
 
-def write_text(path: Path, text: Text, *, caption: str, record: Record, source: str) -> None:
-    """As `write_latents`."""
-    tensors = {
-        f"t5_vec_{_dtype_name(text.txt)}": text.txt,
-        f"clip_l_pooler_{_dtype_name(text.vector)}": text.vector,
-    }
+def write_text(path: Path, texts: Mapping[str, Text], *, record: Record, source: str) -> None:
+    """As `write_latents`, of embeddings by caption."""
+    tensors = {}
+    for index, text in enumerate(texts.values()):
+        for name, tensor in zip(_text_names(index), (text.txt, text.vector), strict=True):
+            tensors[f"{name}_{_dtype_name(tensor)}"] = tensor
     _check_finite(tensors, source)
-    _save(path, tensors, {"caption1": caption}, record)
+    _save(path, tensors, {f"caption{number}": caption for number, caption in enumerate(texts, 1)}, record)
+
+
+def _text_names(index: int) -> tuple[str, str]:
+    """Logical names of the embeddings of caption `index`, from T5 and from CLIP."""
+    end = f"_{index}" if index else ""
+    return f"t5_vec{end}", f"clip_l_pooler{end}"
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, str], record: Record) -> None:
@@ -174,7 +182,12 @@ def read_header(path: Path) -> Header | None:
         return None
     if metadata.get("architecture") != ARCHITECTURE:
         return None
-    return Header(shapes, metadata.get("caption1"), _parse_record(metadata.get(RECORD)))
+    return Header(shapes, _captions(metadata), _parse_record(metadata.get(RECORD)))
+
+
+def _captions(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    numbered = (metadata.get(f"caption{number}") for number in count(1))
+    return tuple(takewhile(lambda caption: caption is not None, numbered))
 
 
 def _parse_record(text: str | None) -> Record | None:
@@ -188,24 +201,26 @@ def _parse_record(text: str | None) -> Record | None:
 
 def read_latents(path: Path) -> Latents:
     """The tensors of a latents file. Raises UserError when it cannot be read."""
-    with _tensors(path) as tensors:
+    with _opened(path) as file:
+        tensors = {logical_name(key): file.get_tensor(key) for key in list(file.keys())}
         return Latents(tensors["latents"], tuple(tensors[name] for name in _references(tensors)))
 
 
-def read_text(path: Path) -> Text:
-    """The tensors of a text file. Raises UserError when it cannot be read."""
-    with _tensors(path) as tensors:
-        return Text(tensors["t5_vec"], tensors["clip_l_pooler"])
+def read_text(path: Path, caption: str | None = None) -> Text:
+    """The embeddings of a caption, else of the first. Raises UserError when they cannot be read."""
+    with _opened(path) as file:
+        index = 0 if caption is None else _captions(file.metadata() or {}).index(caption)
+        keys = {logical_name(key): key for key in list(file.keys())}
+        txt, vector = (file.get_tensor(keys[name]) for name in _text_names(index))
+        return Text(txt, vector)
 
 
 @contextmanager
-def _tensors(path: Path) -> Iterator[dict[str, Tensor]]:
-    """All tensors of a file by logical name."""
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-            yield {logical_name(key): file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError, KeyError) as error:
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path}: this cache file is missing or damaged; run the cache commands again."
         ) from error

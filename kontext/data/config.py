@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from kontext import console
 from kontext.data.buckets import SizeRules, whole_tokens
+from kontext.data.captions import CaptionKeys
 from kontext.data.images import Size
 from kontext.errors import UserError
 
@@ -42,10 +43,8 @@ VIDEO = (
 )
 
 
-class General(BaseModel):
+class General(CaptionKeys):
     """Keys that may stand in `[general]` and in each block."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     resolution: Size = Field(
         DEFAULT_RESOLUTION, description="Size of the targets in pixels: n or [width, height]."
@@ -54,7 +53,6 @@ class General(BaseModel):
         False, description="Sort the targets into sizes of about this area by aspect ratio."
     )
     bucket_no_upscale: bool = Field(False, description="With buckets: never enlarge a picture.")
-    caption_extension: str = Field(".txt", description="What a caption file's name ends in.")
     batch_size: int = Field(1, ge=1, description="Items per batch.")
     num_repeats: int = Field(1, ge=1, description="How often an item comes in one epoch.")
     no_resize_control: bool = Field(False, description="References keep their own size, in whole tokens.")

@@ -156,21 +156,32 @@ def encode_texts(
     encoder: str,
     batch_size: int,
 ) -> Iterator[Entry]:
-    """Encode each distinct caption once and write it for every entry that has it.
+    """Encode each distinct caption once and write each entry when all of its captions are there.
 
     encode: B captions to (B, T, D) of T5 and (B, V) of CLIP. Raises UserError, naming the target, when an embedding
     is not finite.
     """
     owners: dict[str, list[Entry]] = {}
     for entry in entries:
-        owners.setdefault(entry.item.caption, []).append(entry)
+        for caption in entry.item.captions:
+            owners.setdefault(caption, []).append(entry)
+    known: dict[str, Text] = {}
+    wanted = {caption: len(by) for caption, by in owners.items()}  # by entries that are not written yet
+    missing = {entry: len(entry.item.captions) for entry in entries}
     for captions in chunks(owners, batch_size):
         txt, vector = (each.cpu() for each in encode(list(captions)))
-        for caption, *tensors in zip(captions, txt, vector, strict=True):
-            for entry in owners[caption]:
-                record, source = Record(entry.dataset, encoder), str(entry.item.image)
-                write_text(entry.text, Text(*tensors), caption=caption, record=record, source=source)
-                yield entry
+        known.update(zip(captions, map(Text, txt, vector), strict=True))
+        for entry in (entry for caption in captions for entry in owners[caption]):
+            missing[entry] -= 1
+            if missing[entry]:
+                continue
+            texts = {caption: known[caption] for caption in entry.item.captions}
+            write_text(entry.text, texts, record=Record(entry.dataset, encoder), source=str(entry.item.image))
+            yield entry
+            for caption in texts:
+                wanted[caption] -= 1
+                if not wanted[caption]:
+                    del known[caption]
 
 
 def chunks(values: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext import console
+from kontext.data.captions import captions_of
 from kontext.data.config import Dataset
 from kontext.errors import UserError
 
@@ -21,12 +22,20 @@ class Item:
     """One thing to learn from. Without `controls` it is text-to-image.
 
     key: the name of its cache files, unique in its block; the target's name without extension wherever that is.
+    others: captions that may be chosen in place of `caption`. dropout: how often the empty prompt is.
     """
 
     key: str
     image: Path
     caption: str
     controls: tuple[Path, ...]
+    others: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All that it may be shown with, different from one another: what the cache must hold."""
+        return tuple(dict.fromkeys((self.caption, *self.others, *([""] if self.dropout else []))))
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,11 @@ def list_items(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     return items
 
 
+def _item(key: str, image: Path, text: str, controls: tuple[Path, ...], dataset: Dataset) -> Item:
+    caption, *others = captions_of(text, dataset, image)
+    return Item(key, image, caption, controls, tuple(others), dataset.caption_dropout_rate)
+
+
 def unique_keys(stems: Sequence[str]) -> list[str]:
     """Each stem, and where one comes again (in any case) a suffix that makes a name nobody else has: `a`, `a~2`."""
     taken: set[str] = set()
@@ -103,7 +117,7 @@ def _from_folder(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     for key, image in zip(unique_keys([path.stem for path in images]), images, strict=True):
         caption = _caption_of(image, dataset.caption_extension, skips)
         if caption is not None:
-            items.append(Item(key, image, caption, controls.get(image, ())))
+            items.append(_item(key, image, caption, controls.get(image, ()), dataset))
     missing = [item.image for item in items if not item.controls]
     if dataset.control_directory and missing:
         raise UserError(
@@ -188,7 +202,7 @@ def _from_jsonl(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
         if row.caption is None:
             skips.add(f"{path}:{row.number}", f"no caption for {row.image}")
         else:
-            items.append(Item(key, row.image, row.caption.strip(), row.controls or ()))
+            items.append(_item(key, row.image, row.caption.strip(), row.controls or (), dataset))
     return tuple(items)
 
 

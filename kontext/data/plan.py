@@ -161,7 +161,7 @@ def _latents_problem(entry: Entry, header: Header) -> str | None:
 def _text_problem(entry: Entry, header: Header) -> str | None:
     if not {"t5_vec", "clip_l_pooler"} <= header.shapes.keys():
         return "damaged cache file"
-    return None if header.caption == entry.item.caption else "caption edited"
+    return None if set(entry.item.captions) <= set(header.captions) else "caption edited"
 
 
 def _latent_sizes(header: Header) -> list[Size]:

@@ -74,13 +74,13 @@ def test_latents_round_trip(tmp_path: Path) -> None:
 def test_text_round_trip(tmp_path: Path) -> None:
     value = Text(torch.randn(5, 7).bfloat16(), torch.randn(3))
     path = tmp_path / "x_fk_te.safetensors"
-    cache.write_text(path, value, caption="a\nb ü", record=Record("block", "encoder"), source="a.png")
+    cache.write_text(path, {"a\nb ü": value}, record=Record("block", "encoder"), source="a.png")
     back = cache.read_text(path)
     assert torch.equal(back.txt, value.txt) and torch.equal(back.vector, value.vector)
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == {"t5_vec_bfloat16", "clip_l_pooler_float32"}
     header = cache.read_header(path)
-    assert header and header.caption == "a\nb ü" and header.record == Record("block", "encoder")
+    assert header and header.captions == ("a\nb ü",) and header.record == Record("block", "encoder")
 
 
 def test_files_of_musubi_are_read(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_files_of_musubi_are_read(tmp_path: Path) -> None:
     text = cache.read_text(path)
     assert torch.equal(text.txt, txt) and torch.equal(text.vector, vector)
     header = cache.read_header(path)
-    assert header and header.caption == "hi"
+    assert header and header.captions == ("hi",)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_values_that_are_not_finite_are_never_cached(tmp_path: Path, value: floa
         write(path, bad)
     with pytest.raises(UserError, match=r"b\.png: its clip_l_pooler contain NaN"):
         text = Text(torch.zeros(2, 2), torch.tensor([value]))
-        cache.write_text(path, text, caption="", record=RECORD, source="b.png")
+        cache.write_text(path, {"": text}, record=RECORD, source="b.png")
     assert list(tmp_path.iterdir()) == []
 
 

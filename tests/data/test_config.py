@@ -93,7 +93,7 @@ BLOCK = '[[datasets]]\nimage_directory = "img"\n'
             r"\[general\]: unknown key batchsize. Did you mean batch_size?",
         ),
         ("[[dataset]]\nx = 1", "unknown table dataset. Did you mean datasets?"),
-        (BLOCK + "zzz = 1", "unknown key zzz. Known are resolution"),
+        (BLOCK + "zzz = 1", "unknown key zzz. Known are .*, resolution"),
         (BLOCK + "fp_1f_no_post = true", "belongs to FramePack"),
         (BLOCK + "target_frames = [1]", "belongs to video models"),
         (BLOCK + "multiple_target = true", "multiple_target is for other models"),

@@ -136,7 +136,7 @@ def test_each_caption_is_encoded_once(tmp_path: Path) -> None:
         text = read_text(entry.text)
         assert text.txt.shape == (3, 2) and text.vector.item() == ord(entry.item.caption[5])
         header = read_header(entry.text)
-        assert header and header.caption == entry.item.caption
+        assert header and header.captions == (entry.item.caption,)
 
 
 def test_chunks() -> None:
