@@ -59,7 +59,7 @@ _LORA = (
     r"((lora_(unet|te\d?|transformer)|lycoris)_.*"
     r"|.*[._]lora[._](up|down|A|B|mid|linear_layer)\b.*"
     r"|.*_lora[12]?\.(up|down)\..*"
-    r"|.*\.(hada_w1_a|lokr_w[12]|lokr_w[12]_a|oft_blocks|oft_R|diff|diff_b|dora_scale)(\.weight)?$)"
+    r"|.*\.(hada_w1_a|lokr_w[12]|lokr_w[12]_a|oft_blocks|oft_R|diff|diff_b|set_weight|w_norm|b_norm|dora_scale)(\.weight)?$)"
 )
 _SD_LORA = r"(lora_unet_|unet\.)(.*)(input_blocks|output_blocks|middle_block|down_blocks|up_blocks|mid_block)"
 _SIGNS = (

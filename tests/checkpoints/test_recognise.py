@@ -65,6 +65,9 @@ LORAS = [
     "diffusion_model.single_blocks.0.linear1.hada_w1_a",
     "diffusion_model.single_blocks.0.linear1.lokr_w1_a",
     "diffusion_model.img_in.diff_b",
+    "diffusion_model.img_in.set_weight",
+    "double_blocks.0.img_attn.norm.query_norm.w_norm",
+    "double_blocks.0.img_attn.norm.query_norm.b_norm",
 ]
 STABLE_DIFFUSION_LORAS = [
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
