@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from kontext.options.base import Options, option, optional
-from kontext.options.shared import Common, Dit, Encoders, Swapping, Vae
+from kontext.options.shared import Adapters, Common, Dit, Encoders, Swapping, Vae
 
 
 class Picture(Options):
@@ -92,12 +92,6 @@ class Sampling(Options):
 class Loras(Options):
     """LoRA"""
 
-    lora_weight: list[Path] = option("LoRA files to apply.", default=[])
-    lora_multiplier: list[float] = option("One strength per LoRA file, or one for all.", default=[1.0])
-    include_patterns: list[str] = option(
-        "Apply a LoRA only to modules that match one of these regexes.", default=[]
-    )
-    exclude_patterns: list[str] = option("Leave out modules that match one of these regexes.", default=[])
     lycoris: bool = option(
         "Accepted for old command lines: LyCORIS files are recognised with or without it.", default=False
     )
@@ -153,7 +147,7 @@ class Source(Options):
 
 
 class Generate(
-    Picture, References, Inpainting, Source, Sampling, Output, Loras, Dit, Swapping, Vae, Encoders, Common
+    Picture, References, Inpainting, Source, Sampling, Output, Adapters, Loras, Dit, Swapping, Vae, Encoders, Common
 ):
     """Make or edit pictures."""
 

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from kontext.options.base import Options, option, optional
-from kontext.options.generate import Loras
-from kontext.options.shared import Common, Dit, long_precision
+from kontext.options.shared import Adapters, Common, Dit, long_precision
 
 SavePrecision = Annotated[
     Literal["float32", "bfloat16", "float16", "fp8_scaled"], BeforeValidator(long_precision)
@@ -69,7 +68,7 @@ class Averaging(Options):
     )
 
 
-class Merge(Loras, Written, MakingLora, Averaging, Common):
+class Merge(Adapters, Written, MakingLora, Averaging, Common):
     """Merge LoRAs into a checkpoint, or into one LoRA."""
 
     dit: Path | None = optional(Dit, "dit")

@@ -99,6 +99,17 @@ class Swapping(Options):
     )
 
 
+class Adapters(Options):
+    """LoRA"""
+
+    lora_weight: list[Path] = option("LoRA files to apply.", default=[])
+    lora_multiplier: list[float] = option("One strength per LoRA file, or one for all.", default=[1.0])
+    include_patterns: list[str] = option(
+        "Apply a LoRA only to modules that match one of these regexes.", default=[]
+    )
+    exclude_patterns: list[str] = option("Leave out modules that match one of these regexes.", default=[])
+
+
 class Vae(Options):
     """Autoencoder (VAE)"""
 
