@@ -8,7 +8,7 @@ import random
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ class Batches:
     """The batches of a dataset file, by epoch and index. Safe to copy into worker processes."""
 
     def __init__(self, groups: Sequence[Group], *, seed: int, vary: bool = True) -> None:
-        """vary: choose among the captions of an item anew each time; otherwise it is always the first."""
+        """vary: choose captions, and whether references are left out, anew each time; otherwise the first and never."""
         self.groups = tuple(groups)
         self.seed = seed
         self.vary = vary
@@ -81,7 +81,14 @@ class Batches:
             else entry.item.caption
             for row, entry in enumerate(entries)
         ]
-        return load_batch(entries, captions)
+        batch = load_batch(entries, captions)
+        alone = self.vary and goes_alone(entries[0].item, f"{self.seed}/{epoch}/{index}")
+        return replace(batch, references=()) if alone else batch
+
+
+def goes_alone(item: Item, seed: str) -> bool:
+    """Whether a batch of such items is shown without references: all of a batch have the same number of them."""
+    return bool(item.control_dropout) and random.Random(f"control/{seed}").random() < item.control_dropout
 
 
 def choose_caption(item: Item, seed: str) -> str:

@@ -56,6 +56,9 @@ class General(CaptionKeys):
     batch_size: int = Field(1, ge=1, description="Items per batch.")
     num_repeats: int = Field(1, ge=1, description="How often an item comes in one epoch.")
     no_resize_control: bool = Field(False, description="References keep their own size, in whole tokens.")
+    control_dropout_rate: float = Field(
+        0.0, ge=0, le=1, description="Share of batches that are shown without their references."
+    )
     control_resolution: Size | None = Field(None, description="Area of the references: n or [width, height].")
 
     @field_validator("resolution", "control_resolution", mode="before")

@@ -23,6 +23,7 @@ class Item:
 
     key: the name of its cache files, unique in its block; the target's name without extension wherever that is.
     others: captions that may be chosen in place of `caption`. dropout: how often the empty prompt is.
+    control_dropout: how often a batch of such items goes without references.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Item:
     controls: tuple[Path, ...]
     others: tuple[str, ...] = ()
     dropout: float = 0.0
+    control_dropout: float = 0.0
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -84,7 +86,8 @@ def list_items(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
 
 def _item(key: str, image: Path, text: str, controls: tuple[Path, ...], dataset: Dataset) -> Item:
     caption, *others = captions_of(text, dataset, image)
-    return Item(key, image, caption, controls, tuple(others), dataset.caption_dropout_rate)
+    rates = dataset.caption_dropout_rate, dataset.control_dropout_rate
+    return Item(key, image, caption, controls, tuple(others), *rates)
 
 
 def unique_keys(stems: Sequence[str]) -> list[str]:

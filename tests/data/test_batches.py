@@ -109,6 +109,29 @@ def test_order_depends_on_seed_and_epoch_alone(filled: Path) -> None:
     assert batches_of(filled).load(1, 3).keys == second[3], "one batch out of the middle"
 
 
+def test_some_batches_go_without_references(filled: Path, tmp_path: Path) -> None:
+    """Nothing else of training changes, caches least of all, and validation always has its references."""
+    held = f'\n[[validation]]\nimage_directory = "{tmp_path / "ctl"}"\ncontrol_directory = "{tmp_path / "img"}"\n'
+    for index in range(7):
+        (tmp_path / "ctl" / f"p{index}.txt").write_text("back")
+    plain = batches_of(filled)
+    filled.write_text(filled.read_text().replace("[general]", "[general]\ncontrol_dropout_rate = 0.4") + held)
+    batches = batches_of(filled)
+    alone, count = 0, 0
+    for epoch in range(12):
+        for index, size in enumerate(plain.sizes(epoch)):
+            before, after = plain.load(epoch, index), batches.load(epoch, index)
+            assert before.keys == after.keys and torch.equal(before.latents, after.latents)
+            count += len(before.references)
+            alone += len(before.references) - len(after.references)
+            assert len(after.keys) == size and len(after.references) in (0, len(before.references))
+            assert all(map(torch.equal, before.references, after.references))
+    assert alone / count == pytest.approx(0.4, abs=0.15)
+    fill(filled)
+    validation = open_batches(filled, seed=0, skips=Skips(), part="validation")
+    assert all(len(validation.load(0, i).references) == 1 for i in range(len(validation.sizes(0))))
+
+
 def test_items_change_partners_between_epochs(filled: Path) -> None:
     batches = batches_of(filled)
     seen = {frozenset(keys) for epoch in range(8) for keys in keys_of(batches, epoch) if set(keys) <= SQUARE}
