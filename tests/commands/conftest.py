@@ -3,6 +3,13 @@
 import pytest
 
 from kontext.cli import main
+from tests.training.dataset import cached_dataset
+
+
+@pytest.fixture(scope="session")
+def cached(tmp_path_factory, tiny_files):
+    """A dataset with filled caches (`tests.training.dataset.Cached`). Treat the files as read-only."""
+    return cached_dataset(tmp_path_factory.mktemp("edits"), tiny_files)
 
 
 @pytest.fixture

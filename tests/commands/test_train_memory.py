@@ -1,22 +1,16 @@
 """Training with weights on the host writes the LoRA that it writes without."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from torch import equal
 
 from kontext.cli import main
-from tests.training.dataset import Cached, cached_dataset
+from tests.training.dataset import Cached
 
 BASE = ["--seed", "42", "--network-dim", "4", "--learning-rate", "1e-3", "--max-data-loader-n-workers", "0"]
 SHORT = ["--max-train-steps", "2", "--no-report"]
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory, tiny_files: Any) -> Cached:
-    return cached_dataset(tmp_path_factory.mktemp("edits"), tiny_files)
 
 
 @pytest.mark.parametrize(

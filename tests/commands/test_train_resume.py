@@ -1,0 +1,93 @@
+"""Runs that are broken off, killed or shared by processes end as those that are not."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.command import files, train, words
+from tests.training.dataset import Cached
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+RESUMED = {
+    "adamw": "--gradient-accumulation-steps 2 --network-dropout 0.1 --lr-scheduler cosine",
+    "adamw8bit": "--optimizer-type adamw8bit --optimizer-args min_8bit_size=256 --max-data-loader-n-workers 1",
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_writes_the_same_bytes(name: str, cached: Cached, tmp_path: Path) -> None:
+    settings = f"{RESUMED[name]} --max-train-steps 5 --save-every-n-steps 3 --save-state"
+    assert train(cached, tmp_path, settings) == 0
+    whole = (tmp_path / "edit.safetensors").read_bytes()
+    for path in (*tmp_path.glob("edit-state/*"), tmp_path / "edit.safetensors"):
+        path.unlink()
+    assert train(cached, tmp_path, f"{settings} --resume auto") == 0
+    assert (tmp_path / "edit.safetensors").read_bytes() == whole
+
+
+def wait_for(path: Path, alive: threading.Event | None = None, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists() and (alive is None or alive.is_set()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_a_state_and_exits_130(
+    number: signal.Signals, cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signal comes from a thread while the run goes on in this process, as if from a terminal."""
+    running = threading.Event()
+    running.set()
+
+    def interrupt() -> None:
+        wait_for(tmp_path / "edit-step00000002-state" / "state.safetensors", running)
+        if running.is_set():
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    code = train(cached, tmp_path, "--max-train-steps 10000 --save-every-n-steps 2 --save-state")
+    running.clear()
+    sender.join()
+    assert code == 130
+    assert "Go on with --resume auto" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(cached: Cached, tmp_path: Path) -> None:
+    settings = "--max-train-steps 40 --save-every-n-steps 4 --save-state --save-last-n-steps 4"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kontext", *words(cached, killed, settings)], env=ENVIRONMENT
+    )
+    wait_for(killed / "edit-step00000008-state" / "state.safetensors")
+    process.kill()
+    process.wait()
+    assert not (killed / "edit.safetensors").exists()
+    assert train(cached, killed, f"{settings} --resume auto") == 0
+    assert train(cached, whole, settings) == 0
+    assert (killed / "edit.safetensors").read_bytes() == (whole / "edit.safetensors").read_bytes()
+    assert files(killed) == files(whole)
+
+
+def test_two_processes_train_as_one(cached: Cached, tmp_path: Path) -> None:
+    """The same batches in a step, shared by two processes or taken one after the other."""
+    settings = "--max-train-epochs 2 --network-dropout 0.1 --no-report"
+    launch = (
+        "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --mixed_precision no -m kontext"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()]
+    process = subprocess.Popen([*command, *words(cached, tmp_path / "two", settings)], env=ENVIRONMENT)
+    assert train(cached, tmp_path / "one", f"{settings} --gradient-accumulation-steps 2") == 0
+    assert process.wait(timeout=180) == 0
+    one, two = (load_file(tmp_path / name / "edit.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-8)
