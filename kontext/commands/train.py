@@ -6,7 +6,7 @@ from pathlib import Path
 from secrets import randbits
 
 from kontext import console
-from kontext.commands import train_data
+from kontext.commands import train_data, train_network
 from kontext.commands import train_values as values
 from kontext.commands.train_report import journal
 from kontext.data.batches import Batches
@@ -34,7 +34,7 @@ from kontext.training.state import Progress, changed_settings, latest_state, rea
 def run(options: Train) -> None:
     """Train a LoRA as the options say, or go on with one."""
     names = Names(options.output_dir, options.output_name)
-    network = values.network(options)
+    network = train_network.network(options)
     _check_writable(options.output_dir)
     start = _start(options.resume, names)
     seed = _seed(options.seed, start)
@@ -45,7 +45,7 @@ def run(options: Train) -> None:
     settings = values.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
 
-    kontext = Kontext(values.files(options), values.runtime(options, team.device))
+    kontext = Kontext(values.files(options), values.runtime(options, team.device), train_network.base_loras(options))
     samples = _samples(options, kontext, seed) if team.leads else []
     transformer, modules = _model(options, kontext, network, seed)
     updates = values.updates(options, network, parameters_of(modules), plan, team.device)
@@ -156,10 +156,12 @@ def _model(
 ) -> tuple[Transformer, dict[str, AdapterLinear]]:
     """The transformer, frozen, with its adapters by module name: load, attach, place, recompute, in this order."""
     transformer, device = kontext.transformer(), kontext.runtime.device
-    modules = build(transformer, network, seed=seed_of("network", seed), device=device)
+    given = [] if options.network_weights is None else [options.network_weights]
+    adapters = read_adapters(given, transformer.config)
+    like = adapters[0] if options.dim_from_weights else None
+    modules = build(transformer, network, seed=seed_of("network", seed), device=device, like=like)
     kontext.runtime.placement.apply(transformer, device)
-    if options.network_weights is not None:
-        (adapter,) = read_adapters([options.network_weights], transformer.config)
+    for adapter in adapters:
         missing = load_weights(modules, adapter)
         console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
         if missing:

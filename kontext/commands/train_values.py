@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from kontext import console
+from kontext.commands import train_network
 from kontext.commands.placing import placement
 from kontext.data.batches import Batches
 from kontext.data.config import load_datasets
@@ -32,7 +33,7 @@ from kontext.training.export import Export
 from kontext.training.loop import Updates
 from kontext.training.metadata import Facts, Title, describe_datasets, spec_fields, training_fields
 from kontext.training.monitor import Log
-from kontext.training.network import Network, groups_of, network_of
+from kontext.training.network import Network, groups_of
 from kontext.training.optimizers import make_optimizer
 from kontext.training.plan import Plan
 from kontext.training.previews import GUIDANCE, STEPS, Rhythm
@@ -55,17 +56,7 @@ FIXED = (
     "batches per step", "dataset",
 )  # fmt: skip
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
-# What sd-scripts and musubi-tuner call these networks in their files.
-NETWORK_MODULES = {"lora": "networks.lora_flux", "loha": "networks.loha", "lokr": "networks.lokr"}
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
-
-
-def network(options: Train) -> Network:
-    """Raises UserError for bad --network-args."""
-    arguments = parse_arguments(options.network_args, "--network-args")
-    return network_of(
-        options.network_dim, options.network_alpha, options.network_dropout, arguments, options.network_module
-    )
 
 
 def precision(options: Train) -> str:
@@ -129,6 +120,7 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
     ]
     return {
         **{name: getattr(options, name) for name in COURSE},
+        **train_network.beginnings(options),
         "seed": seed,
         "dtype": precision(options),
         "dit": options.dit.name,
@@ -265,8 +257,8 @@ def export(
     """What writes the LoRA files, with all that is to be said about them."""
     about = _facts(options, batches, plan, seed, optimizer)
     settings = options.model_dump() | {
-        "network_module": NETWORK_MODULES[options.network_module],
-        "network_alpha": network(options).alpha,
+        "network_module": train_network.NETWORK_MODULES[options.network_module],
+        "network_alpha": train_network.network(options).alpha,
         "mixed_precision": {long: short for short, long in MIXED.items()}.get(precision(options), "no"),
         "seed": seed,
         "lr_warmup_steps": _steps(options.lr_warmup_steps, plan.steps),

@@ -67,7 +67,8 @@ class Loras:
     """LoRA files, one multiplier for each, and regexes that choose modules by name.
 
     `attach` keeps them beside the weights instead of merging: slower by some percent, but multipliers can change
-    between pictures without loading the transformer again.
+    between pictures without loading the transformer again. `merge` merges them even into weights that are then rounded
+    to 8 bits.
     """
 
     paths: tuple[Path, ...] = ()
@@ -75,6 +76,7 @@ class Loras:
     include_patterns: tuple[str, ...] = ()
     exclude_patterns: tuple[str, ...] = ()
     attach: bool = False
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def open_transformer(
     """Load the transformer with the LoRAs, each at its strength: merged in, or attached beside the weights.
 
     The second value is None after a merge; for attached LoRAs it holds their strengths, and a change of its
-    elements works from the next step on. Weights in 8 bits always get them attached: rounding after a merge would
-    bury most of what a LoRA adds.
+    elements works from the next step on. Weights in 8 bits get them attached unless `loras.merge`: rounding after a
+    merge would bury most of what a LoRA adds.
 
     Raises UserError when no file was given for the transformer, and for LoRAs that do not fit.
     """
@@ -146,7 +148,7 @@ def open_transformer(
     source = open_source(path, "transformer")
     adapters = read_adapters(loras.paths, transformer_config(source))
     patterns = {"include_patterns": loras.include_patterns, "exclude_patterns": loras.exclude_patterns}
-    attach = bool(adapters) and (loras.attach or runtime.quantization is not None)
+    attach = bool(adapters) and not loras.merge and (loras.attach or runtime.quantization is not None)
     edit = merging(adapters, strengths, **patterns) if adapters and not attach else None
     model = load_transformer(
         path,

@@ -1,11 +1,18 @@
-"""The transformer that adapters are for, told from their own shapes: for work without a checkpoint."""
+"""What the shapes in adapter files tell: the transformer that they are for, and the ranks of their modules."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from kontext.checkpoints.source import open_source
+from kontext.errors import UserError
+from kontext.lora.adapter import Size
+from kontext.lora.deltas import Decomposed, Delta, Hadamard
+from kontext.lora.files import AdapterFile
+from kontext.lora.fuse import fuse
 from kontext.lora.keys import block_of, split_key
 from kontext.model.transformer import TransformerConfig
 
@@ -49,6 +56,39 @@ def config_for(paths: Sequence[Path]) -> TransformerConfig:
         theta=10_000.0,
         guidance=True,
     )
+
+
+def sizes_in(adapter: AdapterFile, model: nn.Module, names: Sequence[str]) -> dict[str, Size]:
+    """Rank and alpha in `adapter` of those of the modules `names` of `model` that it changes.
+
+    Raises UserError when it changes none of them, and for a change without a rank of its own (LoKr, full difference).
+    """
+    sizes = {}
+    for name in names:
+        deltas = adapter.deltas.get(f"{name}.weight", ())
+        if not deltas:
+            continue
+        size = _size(deltas, model.get_submodule(name).out_features)
+        if size is None:
+            raise UserError(
+                f"{adapter.path}: {name} is no LoRA, DoRA or LoHa, whose ranks --dim-from-weights can take. Give "
+                "--network-dim and, for LoKr, factor."
+            )
+        sizes[name] = size
+    if not sizes:
+        raise UserError(
+            f"{adapter.path} changes none of the modules that are trained: --dim-from-weights has no ranks."
+        )
+    return sizes
+
+
+def _size(deltas: Sequence[Delta], rows: int) -> Size | None:
+    changes = [d.change.inner if isinstance(d.change, Decomposed) else d.change for d in deltas]
+    if len(changes) == 1 and isinstance(changes[0], Hadamard):
+        rank = changes[0].w1_a.shape[1]
+        return Size(rank, changes[0].scale * rank)
+    fused = fuse([Delta(d.target, c, d.key) for d, c in zip(deltas, changes, strict=True)], rows)
+    return Size(fused.rank, fused.scale * fused.rank) if fused else None
 
 
 def _shape(parts: Mapping[str, Shape]) -> Shape | None:

@@ -55,6 +55,14 @@ class Network(Options):
     network_weights: Path | None = option(
         "Adapter file to start from, in any format that generate reads.", default=None
     )
+    dim_from_weights: bool = option(
+        "Take the modules, ranks and alphas from --network-weights instead of --network-dim and --network-alpha.",
+        default=False,
+    )
+    base_weights: list[Path] = option("Adapter files to merge into the transformer before training.", default=[])
+    base_weights_multiplier: list[float] = option(
+        "One strength per file of --base-weights, or one for all.", default=[1.0]
+    )
 
 
 class Noise(Options):

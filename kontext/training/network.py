@@ -13,9 +13,11 @@ from torch import nn
 from kontext.errors import UserError
 from kontext.lora.adapter import Size, targets, wrap
 from kontext.lora.dora import DoraLinear
+from kontext.lora.files import AdapterFile
 from kontext.lora.linear import AdapterLinear, LoraLinear
 from kontext.lora.patterns import compile_patterns
 from kontext.lora.products import LohaLinear, LokrLinear
+from kontext.lora.sizes import sizes_in
 from kontext.model.transformer import Transformer
 from kontext.training.arguments import Value
 
@@ -184,16 +186,23 @@ def _matched(patterns: Sequence[tuple[str, float]], names: Sequence[str], argume
 
 
 def build(
-    transformer: Transformer, network: Network, *, seed: int, device: torch.device | None = None
+    transformer: Transformer,
+    network: Network,
+    *,
+    seed: int,
+    device: torch.device | None = None,
+    like: AdapterFile | None = None,
 ) -> dict[str, AdapterLinear]:
     """Attaches a fresh network to the transformer, which it freezes; the adapters by module name.
 
-    device: where adapters live, if not beside the weights, which may wait on the host.
+    device: where adapters live, if not beside the weights, which may wait on the host. like: an adapter whose modules,
+    ranks and alphas are taken instead of the network's.
     """
     names = targets(
         transformer, include_patterns=network.include_patterns, exclude_patterns=network.exclude_patterns
     )
-    return wrap(transformer, sizes_of(network, names), seed=seed, make=network.make, device=device)
+    sizes = sizes_of(network, names) if like is None else sizes_in(like, transformer, names)
+    return wrap(transformer, sizes, seed=seed, make=network.make, device=device)
 
 
 def parameters_of(modules: Mapping[str, AdapterLinear]) -> dict[str, nn.Parameter]:

@@ -1,11 +1,14 @@
 """`kontext train` with networks of all kinds, and with weights to start from."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from kontext.checkpoints import open_source, transformer_config
 from kontext.cli import main
@@ -55,3 +58,62 @@ def test_other_networks_train_and_go_on(
         base = torch.randn(delta.change.shape, generator=torch.Generator().manual_seed(0))
         old, new = (adapter.deltas[name][0].change.dense(base) for adapter in (before, after))
         assert old.norm() > 0 and (new - old).norm() < 1e-4 * old.norm(), name
+
+
+def test_sizes_come_from_the_weights(cached: Cached, tmp_path: Path) -> None:
+    mixed = ["rank_patterns=double_blocks.*=6", "exclude_patterns=.*txt_mlp.*"]
+    assert (
+        main(
+            words(
+                cached, tmp_path, "--max-train-steps", "2", "--network-alpha", "2", "--network-args", *mixed
+            )
+        )
+        == 0
+    )
+    file = tmp_path / "edit.safetensors"
+    again = ["--network-weights", str(file), "--dim-from-weights", "--network-dim", "1"]
+    assert (
+        main(words(cached, tmp_path / "next", *again, "--learning-rate", "1e-12", "--max-train-steps", "1"))
+        == 0
+    )
+    old, new = load_file(file), load_file(tmp_path / "next" / "edit.safetensors")
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name], tensor)
+
+
+def test_sizes_need_weights(cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(cached, tmp_path, "--dim-from-weights")) == 2
+    assert "--dim-from-weights needs --network-weights" in capsys.readouterr().err
+
+
+def test_base_weights_are_merged_before_training(cached: Cached, tiny_files: Any, tmp_path: Path) -> None:
+    """The same as training on a checkpoint into which they were merged."""
+    assert main(words(cached, tmp_path, "--max-train-steps", "3", "--learning-rate", "1e-1")) == 0
+    base = str(tmp_path / "edit.safetensors")
+    merged = tmp_path / "merged.safetensors"
+    merge = [
+        "--dit",
+        str(tiny_files.dit),
+        "--lora-weight",
+        base,
+        "--lora-multiplier",
+        "0.5",
+        "--output",
+        str(merged),
+    ]
+    assert main(["merge", *merge, "--device", "cpu"]) == 0
+
+    found = train(cached, tmp_path / "a", "--base-weights", base, "--base-weights-multiplier", "0.5")
+    there = [str(merged) if word == str(tiny_files.dit) else word for word in cached.models]
+    expected = train(dataclasses.replace(cached, models=there), tmp_path / "b")
+    plain = train(cached, tmp_path / "c")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert any((tensor - plain[name]).norm() > 0.01 * tensor.norm() for name, tensor in found.items())
+
+
+def train(cached: Cached, folder: Path, *more: str) -> dict[str, Tensor]:
+    assert main(words(cached, folder, "--max-train-steps", "2", *more)) == 0
+    return load_file(folder / "edit.safetensors")

@@ -1,0 +1,43 @@
+"""What the options of `kontext train` say about the network, and about weights to start from."""
+
+from typing import Any
+
+from kontext.errors import UserError
+from kontext.generation.parts import Loras
+from kontext.options.train import Train
+from kontext.training.arguments import parse_arguments
+from kontext.training.network import Network, network_of
+
+# What sd-scripts and musubi-tuner call these networks in their files.
+NETWORK_MODULES = {"lora": "networks.lora_flux", "loha": "networks.loha", "lokr": "networks.lokr"}
+
+
+def network(options: Train) -> Network:
+    """Raises UserError for bad --network-args, and for --dim-from-weights without weights."""
+    if options.dim_from_weights and options.network_weights is None:
+        raise UserError("--dim-from-weights needs --network-weights, the adapter whose ranks are meant.")
+    arguments = parse_arguments(options.network_args, "--network-args")
+    return network_of(
+        options.network_dim, options.network_alpha, options.network_dropout, arguments, options.network_module
+    )
+
+
+def base_loras(options: Train) -> Loras:
+    """What is merged into the transformer before training. Raises UserError for a wrong number of strengths."""
+    count, strengths = len(options.base_weights), options.base_weights_multiplier
+    if len(strengths) not in (1, count):
+        raise UserError(
+            f"--base-weights-multiplier: {len(strengths)} strengths for {count} files of --base-weights. Give one for "
+            "each, or a single one for all."
+        )
+    spread = strengths if len(strengths) == count else strengths * count
+    return Loras(tuple(options.base_weights), tuple(spread), merge=True)
+
+
+def beginnings(options: Train) -> dict[str, Any]:
+    """What a run was built on beside the transformer, where it was."""
+    found: dict[str, Any] = {"dim_from_weights": True} if options.dim_from_weights else {}
+    if options.base_weights:
+        found["base_weights"] = [path.name for path in options.base_weights]
+        found["base_weights_multiplier"] = options.base_weights_multiplier
+    return found
