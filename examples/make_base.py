@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--decoder-steps", type=int, default=6000, help="with the encoder fixed")
     parser.add_argument("--pictures", type=int, default=6000, help="drawn for the autoencoder")
-    parser.add_argument("--steps", type=int, default=3500, help="of the transformer and the text encoders")
+    parser.add_argument("--steps", type=int, default=5600, help="of the transformer and the text encoders")
     parser.add_argument("--edits", type=int, default=4000, help="encoded before stage B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
