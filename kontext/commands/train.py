@@ -45,7 +45,9 @@ def run(options: Train) -> None:
     settings = values.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
 
-    kontext = Kontext(values.files(options), values.runtime(options, team.device), train_network.base_loras(options))
+    kontext = Kontext(
+        values.files(options), values.runtime(options, team.device), train_network.base_loras(options)
+    )
     samples = _samples(options, kontext, seed) if team.leads else []
     transformer, modules = _model(options, kontext, network, seed)
     updates = values.updates(options, network, parameters_of(modules), plan, team.device)

@@ -147,7 +147,19 @@ class Source(Options):
 
 
 class Generate(
-    Picture, References, Inpainting, Source, Sampling, Output, Adapters, Loras, Dit, Swapping, Vae, Encoders, Common
+    Picture,
+    References,
+    Inpainting,
+    Source,
+    Sampling,
+    Output,
+    Adapters,
+    Loras,
+    Dit,
+    Swapping,
+    Vae,
+    Encoders,
+    Common,
 ):
     """Make or edit pictures."""
 

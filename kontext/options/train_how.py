@@ -59,7 +59,9 @@ class Network(Options):
         "Take the modules, ranks and alphas from --network-weights instead of --network-dim and --network-alpha.",
         default=False,
     )
-    base_weights: list[Path] = option("Adapter files to merge into the transformer before training.", default=[])
+    base_weights: list[Path] = option(
+        "Adapter files to merge into the transformer before training.", default=[]
+    )
     base_weights_multiplier: list[float] = option(
         "One strength per file of --base-weights, or one for all.", default=[1.0]
     )

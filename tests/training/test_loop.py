@@ -19,7 +19,9 @@ RESUMED = {
     "lion8bit": {"optimizer": "lion8bit", "network": Network(rank=64, alpha=64), "rate": 1e-3},
     "adafactor": {"optimizer": "adafactor"},
     **{
-        kind: {"network": Network(rank=4, alpha=2, kind=kind, dropout=0.1, rank_dropout=0.1, module_dropout=0.1)}
+        kind: {
+            "network": Network(rank=4, alpha=2, kind=kind, dropout=0.1, rank_dropout=0.1, module_dropout=0.1)
+        }
         for kind in ("dora", "loha", "lokr")
     },
 }
