@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from kontext import __version__, cli
+from kontext import __version__, cli, console
 from kontext.errors import UserError
 from kontext.options import COMMANDS, Command
 from kontext.options.base import Options
@@ -175,7 +176,7 @@ def test_debug_shows_the_traceback(
 def test_help_shows_groups_choices_defaults_and_brackets(
     ran: list[Options], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(console, "_stdout", lambda: Console(width=160))
     assert cli.main(["do-everything", "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage: kontext do-everything [OPTIONS]\n\nDo everything.\n\nIn detail.\n" in text
