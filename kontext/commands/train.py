@@ -6,7 +6,7 @@ from pathlib import Path
 from secrets import randbits
 
 from kontext import console
-from kontext.commands import train_data, train_network
+from kontext.commands import train_average, train_data, train_network
 from kontext.commands import train_values as values
 from kontext.commands.train_report import journal
 from kontext.data.batches import Batches
@@ -51,7 +51,8 @@ def run(options: Train) -> None:
     samples = _samples(options, kontext, seed) if team.leads else []
     transformer, modules = _model(options, kontext, network, seed)
     updates = values.updates(options, network, parameters_of(modules), plan, team.device)
-    start.load(updates)
+    average = train_average.average(options, updates)
+    start.load(updates, average)
     _introduce(plan, batches, modules)
 
     weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
@@ -79,7 +80,8 @@ def run(options: Train) -> None:
         names=names,
         rules=values.rules(options),
         settings=settings,
-        write_adapter=export,
+        average=average,
+        write_adapter=train_average.both(export, average),
         weights=weights,
         previews=drawn if samples else None,
         held=held,

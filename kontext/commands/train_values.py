@@ -121,6 +121,7 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
     return {
         **{name: getattr(options, name) for name in COURSE},
         **train_network.beginnings(options),
+        **({"ema_decay": options.ema_decay} if options.ema_decay else {}),
         "seed": seed,
         "dtype": precision(options),
         "dit": options.dit.name,

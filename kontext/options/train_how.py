@@ -129,6 +129,13 @@ class Optimization(Options):
         ge=0,
         le=1,
     )
+    ema_decay: float | None = option(
+        "Keep a moving average of the LoRA's weights too, with this decay (such as 0.99; in step n at most (1+n)/(10+n)), "
+        "and save it beside as <output-name>-ema. Sample pictures and validation show the weights in training.",
+        default=None,
+        gt=0,
+        lt=1,
+    )
     max_grad_norm: float = option("Gradients are clipped to this norm; 0: not at all.", default=1.0, ge=0)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kontext import console
+from kontext.training.average import ENDING as AVERAGE
 from kontext.training.loop import Outcome
 from kontext.training.names import ADAPTER, STATE, Names
 from kontext.training.plan import Plan
@@ -78,7 +79,8 @@ class Saver:
             self.save_state(
                 self.names.at_epoch(epoch, STATE) if by_epoch else self.names.at_step(done, STATE), done
             )
-        for ending, keep in ((ADAPTER, self.rules.adapters), (STATE, self.rules.states)):
+        adapters, states = self.rules.adapters, self.rules.states
+        for ending, keep in ((ADAPTER, adapters), (AVERAGE, adapters), (STATE, states)):
             if by_step and keep.steps:
                 _delete_below(self.names.steps(ending), done - keep.steps)
             if by_epoch and keep.epochs:

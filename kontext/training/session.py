@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext import console
+from kontext.training.average import Average
 from kontext.training.feed import Examples, feed
 from kontext.training.interrupts import Interrupts
 from kontext.training.journal import Journal
@@ -28,11 +29,13 @@ class Start:
     folder: Path | None
     progress: Progress
 
-    def load(self, updates: Updates) -> None:
-        """Puts weights, optimizer and loss scale back. Raises UserError if the state is of another network."""
+    def load(self, updates: Updates, average: Average | None = None) -> None:
+        """Puts weights, optimizer, average and loss scale back. Raises UserError if the state is of another network."""
         if self.folder is None:
             return
-        load_state(self.folder, parameters=updates.parameters, optimizer=updates.optimizer)
+        means = load_state(self.folder, parameters=updates.parameters, optimizer=updates.optimizer)
+        if average is not None:
+            average.load(means)
         if self.progress.scaler:
             updates.scaler.load_state_dict(dict(self.progress.scaler))
 
@@ -54,6 +57,7 @@ class Session:
     names: Names
     rules: SaveRules
     settings: Mapping[str, Any]
+    average: Average | None
     write_adapter: Callable[[Path, int], None]
     weights: Callable[[], AbstractContextManager[None]]
     previews: Previews | None
@@ -121,7 +125,8 @@ class Session:
             best = validation.best if validation else self.start.progress.best
             progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes, best)
             parameters, optimizer = self.updates.parameters, self.updates.optimizer
-            save_state(folder, progress=progress, parameters=parameters, optimizer=optimizer)
+            means = self.average.values if self.average else {}
+            save_state(folder, progress=progress, parameters=parameters, optimizer=optimizer, average=means)
 
         return Saver(
             self.names,
@@ -153,7 +158,17 @@ class Session:
         validating = [validation] if validation else []
         previews = [self._previews] if self._previews else []
         saving = [saver] if self.team.leads else []
-        return [monitor, *validating, flush, *saving, *previews, self.journal.listener(saver.due), stop]
+        averaging = [self.average] if self.average else []
+        return [
+            monitor,
+            *averaging,
+            *validating,
+            flush,
+            *saving,
+            *previews,
+            self.journal.listener(saver.due),
+            stop,
+        ]
 
     def _train(self, listeners: list[Listener]) -> None:
         first = self.start.progress.step

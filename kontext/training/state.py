@@ -41,10 +41,18 @@ class Progress:
 
 
 def save_state(
-    folder: Path, *, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+    folder: Path,
+    *,
+    progress: Progress,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the state into `folder`. Raises UserError if the optimizer keeps what is neither number nor tensor."""
+    """Writes the state into `folder`, with the moving average of the parameters if there is one.
+
+    Raises UserError if the optimizer keeps what is neither number nor tensor."""
     tensors: dict[str, Tensor] = {f"adapter.{name}": value for name, value in parameters.items()}
+    tensors |= {f"average.{name}": value for name, value in (average or {}).items()}
     structure = _flatten(optimizer.state_dict(), "optimizer", tensors)
     metadata = {
         "format": FORMAT,
@@ -98,13 +106,18 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads(metadata["progress"]))
 
 
-def load_state(folder: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-    """Puts the weights and the optimizer's state back. Raises UserError if they are of another network."""
+def load_state(
+    folder: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """Puts the weights and the optimizer's state back, and returns the moving average, empty if there was none.
+
+    Raises UserError if they are of another network.
+    """
     with safe_open(folder / FILE, "pt") as file:
         names = list(file.keys())
         tensors = {name: file.get_tensor(name) for name in names}
         structure = json.loads(file.metadata()["optimizer"])
-    saved = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
+    saved = _under("adapter.", tensors)
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
         raise UserError(
             f"--resume {folder}: the state is of another network: give the same --network options."
@@ -113,6 +126,11 @@ def load_state(folder: Path, *, parameters: Mapping[str, nn.Parameter], optimize
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     optimizer.load_state_dict(_restore(structure, tensors))
+    return _under("average.", tensors)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -168,3 +168,24 @@ def test_a_loss_that_is_no_number_ends_the_run(
     told = capsys.readouterr().err
     assert "The loss became" in told and "timestep" in told and "edit-step00000001-state" in told
     assert not (tmp_path / "edit.safetensors").exists()
+
+
+def test_an_average_is_saved_beside_and_changes_nothing(cached: Cached, made: Path, tmp_path: Path) -> None:
+    """Each average is the mean of those saved at each step, by the formula; older ones are deleted too."""
+    settings = "--max-train-steps 3 --network-dropout 0.1 --ema-decay 0.3"
+    assert train(cached, tmp_path, f"{settings} --save-every-n-steps 1 --save-last-n-steps 1") == 0
+    assert files(tmp_path) == [
+        "edit-ema.safetensors", "edit-step00000002-ema.safetensors", "edit-step00000002.safetensors",
+        "edit-step00000003-ema.safetensors", "edit-step00000003.safetensors", "edit.safetensors",
+    ]  # fmt: skip
+    steps = [load_file(made / f"edit-step0000000{step}.safetensors") for step in (1, 2, 3)]
+    averages = [load_file(tmp_path / f"edit-step0000000{step}-ema.safetensors") for step in (2, 3)]
+    plain, last = (load_file(tmp_path / f"edit{ending}.safetensors") for ending in ("", "-ema"))
+    for name, tensor in last.items():
+        assert torch.equal(plain[name], steps[2][name])
+        torch.testing.assert_close(tensor, 0.3 * averages[0][name] + 0.7 * steps[2][name])
+        if "up" in name:  # these start at zero
+            torch.testing.assert_close(
+                averages[0][name], 0.25 * 9 / 11 * steps[0][name] + 0.75 * steps[1][name]
+            )
+    assert metadata(tmp_path / "edit-ema.safetensors")["ss_ema_decay"] == "0.3"

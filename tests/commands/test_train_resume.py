@@ -18,6 +18,7 @@ from tests.training.dataset import Cached
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RESUMED = {
     "adamw": "--gradient-accumulation-steps 2 --network-dropout 0.1 --lr-scheduler cosine",
+    "average": "--ema-decay 0.9 --gradient-accumulation-steps 2",
     "adamw8bit": "--optimizer-type adamw8bit --optimizer-args min_8bit_size=256 --max-data-loader-n-workers 1",
 }
 
@@ -26,11 +27,12 @@ RESUMED = {
 def test_a_resumed_run_writes_the_same_bytes(name: str, cached: Cached, tmp_path: Path) -> None:
     settings = f"{RESUMED[name]} --max-train-steps 5 --save-every-n-steps 3 --save-state"
     assert train(cached, tmp_path, settings) == 0
-    whole = (tmp_path / "edit.safetensors").read_bytes()
-    for path in (*tmp_path.glob("edit-state/*"), tmp_path / "edit.safetensors"):
+    adapters = ["edit.safetensors", "edit-ema.safetensors"] if name == "average" else ["edit.safetensors"]
+    whole = [(tmp_path / adapter).read_bytes() for adapter in adapters]
+    for path in (*tmp_path.glob("edit-state/*"), *(tmp_path / adapter for adapter in adapters)):
         path.unlink()
     assert train(cached, tmp_path, f"{settings} --resume auto") == 0
-    assert (tmp_path / "edit.safetensors").read_bytes() == whole
+    assert [(tmp_path / adapter).read_bytes() for adapter in adapters] == whole
 
 
 def wait_for(path: Path, alive: threading.Event | None = None, seconds: float = 90) -> None:

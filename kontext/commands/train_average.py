@@ -1,0 +1,37 @@
+"""The moving average of the weights (`--ema-decay`): when there is one, and how it is saved."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from kontext.errors import UserError
+from kontext.options.train import Train
+from kontext.training.average import Average, beside
+from kontext.training.export import Export
+from kontext.training.loop import Updates
+
+
+def average(options: Train, updates: Updates) -> Average | None:
+    """The average that is asked for. Raises UserError with an optimizer that makes one itself."""
+    if options.ema_decay is None:
+        return None
+    if hasattr(updates.optimizer, "eval"):
+        raise UserError(
+            f"--ema-decay: {options.optimizer_type} averages its weights itself, and that average is what is saved. "
+            "Leave out --ema-decay."
+        )
+    return Average(updates.parameters, options.ema_decay)
+
+
+def both(export: Export, average: Average | None) -> Callable[[Path, int], None]:
+    """What writes the adapter, and the average beside it if there is one."""
+    if average is None:
+        return export
+    fields = {**export.fields, "ss_ema_decay": str(average.decay)}
+    averaged = replace(export, fields=fields, weights=average.weights)
+
+    def write(path: Path, done: int) -> None:
+        export(path, done)
+        averaged(beside(path), done)
+
+    return write
