@@ -9,6 +9,7 @@ from kontext import console
 from kontext.commands import train_average, train_data, train_network
 from kontext.commands import train_values as values
 from kontext.commands.train_report import journal
+from kontext.commands.train_show import show_timesteps
 from kontext.data.batches import Batches
 from kontext.errors import UserError
 from kontext.generation.pipeline import Kontext
@@ -40,6 +41,8 @@ def run(options: Train) -> None:
     seed = _seed(options.seed, start)
     team = values.team(options)
     batches = train_data.batches(options, seed)
+    if options.show_timesteps:
+        return show_timesteps(options, batches, names)
     held = train_data.held(options, names)
     plan = values.plan(options, len(batches.sizes(0)), team.size)
     settings = values.course(options, batches, plan, seed)

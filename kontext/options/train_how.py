@@ -94,6 +94,11 @@ class Noise(Options):
         default=None,
         ge=2,
     )
+    show_timesteps: Literal["image", "console"] | None = option(
+        "Show how the levels are spread for the dataset's sizes and what each counts, and exit: as <output-name>-timesteps.png "
+        "in the output folder, or as a table.",
+        default=None,
+    )
     guidance_scale: float = option("Guidance that the model is told in training.", default=1.0, ge=0)
 
 

@@ -189,3 +189,16 @@ def test_an_average_is_saved_beside_and_changes_nothing(cached: Cached, made: Pa
                 averages[0][name], 0.25 * 9 / 11 * steps[0][name] + 0.75 * steps[1][name]
             )
     assert metadata(tmp_path / "edit-ema.safetensors")["ss_ema_decay"] == "0.3"
+
+
+def test_noise_levels_are_shown_and_nothing_is_trained(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(cached, tmp_path, "--show-timesteps image --weighting-scheme cosmap") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["edit-timesteps.png"]
+    assert Image.open(tmp_path / "edit-timesteps.png").size == (1000, 480)
+    capsys.readouterr()
+    assert train(cached, tmp_path, "--show-timesteps console --timestep-sampling uniform") == 0
+    told = capsys.readouterr().out
+    assert "950-1000" in told and told.count("5.00%") == 20
+    assert len(list(tmp_path.iterdir())) == 1
