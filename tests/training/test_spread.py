@@ -10,7 +10,7 @@ from kontext.training.spread import picture, rows, spread
 def test_uniform_levels_are_spread_evenly() -> None:
     found = spread(Timesteps(sampling="uniform"), {16: 3, 64: 1}, 10)
     torch.testing.assert_close(found.shares, torch.full((10,), 0.1, dtype=torch.float64), rtol=0, atol=1e-3)
-    assert found.weights.tolist() == [1.0] * 10
+    assert found.weights.tolist() == pytest.approx([1.0] * 10, abs=1e-6)
 
 
 def test_shares_of_sigmoid_follow_the_normal_distribution() -> None:
