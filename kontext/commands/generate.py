@@ -74,11 +74,9 @@ def _check_references(options: Generate) -> None:
         raise UserError("--restore-size and --grid work on pictures, not on --output-type latent.")
     if options.grid and not (options.control_image or options.from_file or options.interactive):
         raise UserError("--grid needs a reference (--control-image) to show beside the result.")
-    unused = [
-        name for name in ("restore_size", "mask", "grid") if options.latent_path and getattr(options, name)
-    ]
-    if unused:
-        raise UserError(f"{flag_name(unused[0])} needs the reference; it cannot be used with --latent-path.")
+    for name in ("restore_size", "mask", "grid", "strength", "images_per_prompt"):
+        if options.latent_path and getattr(options, name) != Generate.model_fields[name].default:
+            raise UserError(f"{flag_name(name)} cannot be used with --latent-path, which only decodes.")
 
 
 def _merge(options: Generate, out: Path) -> None:

@@ -208,6 +208,16 @@ BAD = {
         {},
         "--latent-path makes pictures",
     ),
+    "copies of a latent": (
+        ["--latent-path", "x", "--images-per-prompt", "2"],
+        {},
+        "--images-per-prompt cannot be used with --latent-path",
+    ),
+    "strength of a latent": (
+        ["--latent-path", "x", "--strength", "0.5"],
+        {},
+        "--strength cannot be used with --latent-path",
+    ),
     "missing prompts": (["--from-file", "no.txt"], {}, "no.txt: the prompt file cannot be read"),
     "steps": (["--prompt", "x", "--infer-steps", "0"], {}, "--infer-steps"),
     "name": (["--prompt", "x", "--output-name", "a/b"], {}, "--output-name"),
