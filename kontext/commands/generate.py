@@ -9,14 +9,14 @@ from kontext.checkpoints import open_source
 from kontext.checkpoints.recognise import Kind
 from kontext.commands.conversing import converse
 from kontext.commands.merge import merge_into_checkpoint
-from kontext.commands.placing import placement
+from kontext.commands.models import model_files, model_runtime
 from kontext.commands.recalling import recall, run_settings
 from kontext.console import table
-from kontext.device import resolve_device, resolve_dtype
+from kontext.device import resolve_device
 from kontext.errors import UserError
 from kontext.generation.batch import run_batch
 from kontext.generation.outputs import Writer, read_latent
-from kontext.generation.parts import Loras, ModelFiles, Runtime
+from kontext.generation.parts import Loras, Runtime
 from kontext.generation.pipeline import Kontext
 from kontext.generation.prompt_files import read_prompt_file
 from kontext.generation.request import Request
@@ -39,7 +39,7 @@ def run(options: Generate) -> None:
     changing = options.interactive or any(request.multipliers is not None for request in requests)
     loras = _loras(options, attach=changing or options.lora_attach)
     writer = _writer(options, loras)
-    kontext = Kontext(_files(options), _runtime(options), loras)
+    kontext = Kontext(model_files(options), _runtime(options), loras)
     if options.latent_path:
         need(options, "vae", because="to decode latents (--latent-path)")
         _decode(kontext, options.latent_path, writer)
@@ -107,17 +107,6 @@ def _check_models(options: Generate) -> None:
     attention_backend(options.attn_mode)
 
 
-def _files(options: Generate) -> ModelFiles:
-    return ModelFiles(
-        dit=options.dit,
-        vae=options.vae,
-        text_encoder1=options.text_encoder1,
-        text_encoder2=options.text_encoder2,
-        tokenizer1=options.tokenizer1,
-        tokenizer2=options.tokenizer2,
-    )
-
-
 def _loras(options: Generate, *, attach: bool) -> Loras:
     """attach: strengths will change between pictures. Raises UserError when strengths and files do not go together."""
     return Loras(
@@ -131,17 +120,7 @@ def _loras(options: Generate, *, attach: bool) -> Loras:
 
 def _runtime(options: Generate) -> Runtime:
     device = resolve_device(options.device)
-    return Runtime(
-        device=device,
-        dtype=resolve_dtype(options.dtype),
-        vae_dtype=resolve_dtype(options.vae_dtype),
-        quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
-        attention=options.attn_mode,
-        fp8_t5=options.fp8_t5,
-        t5_max_length=options.t5_max_length,
-        keep=options.interactive,
-        placement=placement(options, device),
-    )
+    return model_runtime(options, device, dtype=options.dtype, keep=options.interactive)
 
 
 def _request(options: Generate) -> Request:

@@ -8,6 +8,7 @@ from secrets import randbits
 from kontext import console
 from kontext.commands import train_average, train_data, train_network
 from kontext.commands import train_values as values
+from kontext.commands.models import model_files
 from kontext.commands.train_report import journal
 from kontext.commands.train_show import show_timesteps
 from kontext.data.batches import Batches
@@ -49,7 +50,7 @@ def run(options: Train) -> None:
     _check_same(start, settings, plan)
 
     kontext = Kontext(
-        values.files(options), values.runtime(options, team.device), train_network.base_loras(options)
+        model_files(options), values.runtime(options, team.device), train_network.base_loras(options)
     )
     samples = _samples(options, kontext, seed) if team.leads else []
     transformer, modules = _model(options, kontext, network, seed)

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from kontext import console
 from kontext.commands import train_network
-from kontext.commands.placing import placement
+from kontext.commands.models import model_runtime
 from kontext.data.batches import Batches
 from kontext.data.config import load_datasets
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
-from kontext.generation.parts import ModelFiles, Runtime
+from kontext.generation.parts import Runtime
 from kontext.generation.request import Request
 from kontext.lora.linear import AdapterLinear
 from kontext.options.train import Train
@@ -130,29 +130,10 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
     }
 
 
-def files(options: Train) -> ModelFiles:
-    return ModelFiles(
-        dit=options.dit,
-        vae=options.vae,
-        text_encoder1=options.text_encoder1,
-        text_encoder2=options.text_encoder2,
-        tokenizer1=options.tokenizer1,
-        tokenizer2=options.tokenizer2,
-    )
-
-
 def runtime(options: Train, device: torch.device) -> Runtime:
-    return Runtime(
-        device=device,
-        dtype=resolve_dtype(precision(options)),
-        vae_dtype=resolve_dtype(options.vae_dtype),
-        quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
-        attention=options.attn_mode,
-        fp8_t5=options.fp8_t5,
-        t5_max_length=options.t5_max_length,
-        keep=True,
-        placement=placement(options, device, spared=options.blocks_to_swap != "0"),
-    )
+    """Modulation leaves the GPU only together with blocks: its weights are needed at every step."""
+    spared = options.blocks_to_swap != "0"
+    return model_runtime(options, device, dtype=precision(options), keep=True, spared=spared)
 
 
 def timesteps(options: Train) -> Timesteps:
