@@ -53,8 +53,7 @@ class Denoiser:
     def __init__(self, transformer: Transformer, conditioning: Conditioning) -> None:
         self.transformer = transformer
         self.device, self.dtype = transformer.img_in.weight.device, transformer.img_in.weight.dtype
-        self.vector = conditioning.vector.to(self.device, self.dtype)
-        self.guidance = torch.full((self.vector.shape[0],), conditioning.guidance, device=self.device)
+        self.vector, self.guidance = conditioning.vector, conditioning.guidance
         self.txt = transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
         self.references = [self.embed(reference) for reference in conditioning.references]
         self.reference_ids = [
@@ -63,12 +62,14 @@ class Denoiser:
         self.positions: dict[tuple[int, int], Tensor] = {}
         self.prepared: dict[float, Modulations] = {}
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, modulations: Modulations | None = None) -> Tensor:
+        """modulations: those of level t if they were computed ahead."""
         height, width = x.shape[-2:]
         img = self.embed(x)
         tokens = torch.cat((img, *self.references), 1)
         pe = self.positions_for(height, width)
-        velocity = self.transformer.trunk(tokens, self.txt, pe, self.modulations(t), targets=img.shape[1])
+        mods = modulations or self.modulations(t)
+        velocity = self.transformer.trunk(tokens, self.txt, pe, mods, targets=img.shape[1])
         return unpack(velocity, height, width).float()
 
     def embed(self, latents: Tensor) -> Tensor:
@@ -87,17 +88,25 @@ class Denoiser:
     def prepare(self, levels: Tensor) -> None:
         """Compute the modulation of noise levels (S,) at once: the weights for it are read only once."""
         t = levels[:, None].expand(-1, self.vector.shape[0])
-        mods = self.transformer.modulations(torch.stack([self.condition(level) for level in t]))
-        self.prepared = {level: mods[step] for step, level in enumerate(levels.tolist())}
+        mods = self.transformer.modulations([self.condition(level) for level in t])
+        self.prepared = dict(zip(levels.tolist(), mods, strict=True))
 
     def modulations(self, t: Tensor) -> Modulations:
         """The prepared modulation of level t (all of t equal), or a new one."""
         if self.prepared and (mods := self.prepared.get(t[0].item())) is not None:
             return mods
-        return self.transformer.modulations(self.condition(t))
+        return self.transformer.modulations([self.condition(t)])[0]
 
     def condition(self, t: Tensor) -> Tensor:
-        return self.transformer.condition(t.to(self.device), self.vector, self.guidance)
+        return condition(self.transformer, self.vector, self.guidance, t)
+
+
+def condition(transformer: Transformer, vector: Tensor, guidance: float, t: Tensor) -> Tensor:
+    """The vector (B, D) that modulates all blocks, of pooled text (B, V), guidance strength and levels t (B,)."""
+    weight = transformer.img_in.weight
+    strength = torch.full(t.shape, guidance, device=weight.device)
+    vector = vector.to(weight.device, weight.dtype, non_blocking=True)
+    return transformer.condition(t.to(weight.device, non_blocking=True), vector, strength)
 
 
 def reference_ids(references: tuple[Tensor, ...], placement: str = "offset") -> list[Tensor]:

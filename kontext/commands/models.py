@@ -20,10 +20,8 @@ def model_files(options: Generate | Train) -> ModelFiles:
     )
 
 
-def model_runtime(
-    options: Generate | Train, device: torch.device, *, dtype: str, keep: bool, spared: bool = True
-) -> Runtime:
-    """dtype: the transformer's, by name; keep: as in Runtime; spared: as in `placement`."""
+def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str, keep: bool) -> Runtime:
+    """dtype: the transformer's, by name; keep: as in Runtime."""
     return Runtime(
         device=device,
         dtype=resolve_dtype(dtype),
@@ -33,17 +31,14 @@ def model_runtime(
         fp8_t5=options.fp8_t5,
         t5_max_length=options.t5_max_length,
         keep=keep,
-        placement=placement(options, device, spared=spared),
+        placement=placement(options, device),
     )
 
 
-def placement(options: Generate | Train, device: torch.device, *, spared: bool) -> Placement:
-    """The options' placement on `device`. spared: whether "auto" takes modulation off it.
-
-    On a CPU there is no other memory that modulation could be taken to.
-    """
+def placement(options: Generate | Train, device: torch.device) -> Placement:
+    """The options' placement on `device`. On a CPU there is no other memory that modulation could be taken to."""
     swap = options.blocks_to_swap
     return Placement(
         swap="max" if swap == "max" else int(swap),
-        modulation=spared and options.modulation == "auto" and device.type == "cuda",
+        modulation=options.modulation == "auto" and device.type == "cuda",
     )

@@ -131,9 +131,7 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
 
 
 def runtime(options: Train, device: torch.device) -> Runtime:
-    """Modulation leaves the GPU only together with blocks: its weights are needed at every step."""
-    spared = options.blocks_to_swap != "0"
-    return model_runtime(options, device, dtype=precision(options), keep=True, spared=spared)
+    return model_runtime(options, device, dtype=precision(options), keep=True)
 
 
 def timesteps(options: Train) -> Timesteps:

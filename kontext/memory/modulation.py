@@ -1,10 +1,12 @@
 """Modulation weights on the host.
 
 More than a quarter of FLUX's parameters (6.45 GB in bfloat16) only map one vector per step to shifts,
-scales and gates of the blocks. They need no place on the device: `Denoiser.prepare` computes all steps ahead, and
-each weight visits the device once.
+scales and gates of the blocks. They need no place on the device: the modulation of many steps is computed together,
+all of a picture's by `Denoiser.prepare`, a window of training's by `training.ahead`, and each weight visits the device
+once for them.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kontext.memory.pinned import pinned
-from kontext.model.transformer import Modulation, Transformer, by_level
+from kontext.model.transformer import Modulation, Transformer, modulations
+
+EMBEDDERS = ("time_in", "guidance_in", "vector_in")
 
 
 class HostModulation(nn.Module):
@@ -29,26 +33,43 @@ class HostModulation(nn.Module):
             )
             parameter.data = host.copy_(parameter.detach())
 
-    def forward(self, vec: Tensor) -> Tensor:
-        """vec (..., B, D) to (..., B, 1, parts*D)."""
-        weight, bias = (p.to(vec.device, non_blocking=True) for p in (self.lin.weight, self.lin.bias))
-        return by_level(partial(F.linear, weight=weight, bias=bias), F.silu(vec))
+    def forward(self, vecs: Sequence[Tensor]) -> list[Tensor]:
+        """Each (B, D) to (B, 1, parts*D)."""
+        device = vecs[0].device
+        weight, bias = (p.to(device, non_blocking=True) for p in (self.lin.weight, self.lin.bias))
+        return modulations(partial(F.linear, weight=weight, bias=bias), vecs)
 
 
 def offload_modulation(model: Transformer, device: torch.device) -> int:
     """Move the modulation weights of all blocks to the host; returns how many bytes the device is spared.
 
-    A modulation with an adapter is needed at every step: it goes to `device`.
+    None move when something that modulation follows from is trained: it must then be computed at every step. One with
+    an adapter that is not trained goes to `device`.
     """
+    places = [
+        (block, name, module)
+        for block in model.blocks()
+        for name, module in block.named_children()
+        if isinstance(module, Modulation)
+    ]
+    trained = trains_modulation(model)
     spared = 0
-    for block in model.blocks():
-        modulations = [
-            (name, module) for name, module in block.named_children() if isinstance(module, Modulation)
-        ]
-        for name, module in modulations:
-            if type(module.lin) is not nn.Linear:
-                module.to(device)
-                continue
-            setattr(block, name, HostModulation(module))
-            spared += sum(p.numel() * p.element_size() for p in module.parameters())
+    for block, name, module in places:
+        if trained or type(module.lin) is not nn.Linear:
+            module.to(device)
+            continue
+        setattr(block, name, HostModulation(module))
+        spared += sum(p.numel() * p.element_size() for p in module.parameters())
     return spared
+
+
+def trains_modulation(model: Transformer) -> bool:
+    """Whether training changes what modulation follows from: its weights, or those of the conditioning vector."""
+    embedders = (module for name, module in model.named_children() if name in EMBEDDERS)
+    parts = (*embedders, *(module for module in model.modules() if isinstance(module, Modulation)))
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def has_host_modulation(model: nn.Module) -> bool:
+    """Whether modulation had better be computed for many steps together."""
+    return any(isinstance(module, HostModulation) for module in model.modules())

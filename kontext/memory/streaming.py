@@ -194,8 +194,8 @@ class Streamed(nn.Module):
         self.ring = ring
         self.index = index
 
-    def modulation(self, vec: Tensor) -> Tensor:
-        return self.block.modulation(vec)
+    def modulation(self, vecs: Sequence[Tensor]) -> list[Tensor]:
+        return self.block.modulation(vecs)
 
     def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         self.ring.fetch(self.index)

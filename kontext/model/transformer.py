@@ -6,7 +6,7 @@ it depends on the timestep alone, not on the tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,24 +81,23 @@ class QKNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`parts` vectors of the model's width from the conditioning vector: (..., B, D) to (..., B, 1, parts*D)."""
+    """`parts` vectors of the model's width from each of several conditioning vectors."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.lin = nn.Linear(width, parts * width)
 
-    def forward(self, vec: Tensor) -> Tensor:
-        return by_level(self.lin, F.silu(vec))
+    def forward(self, vecs: Sequence[Tensor]) -> list[Tensor]:
+        """Each (B, D) to (B, 1, parts*D)."""
+        return modulations(self.lin, vecs)
 
 
-def by_level(linear: Callable[[Tensor], Tensor], vec: Tensor) -> Tensor:
-    """(..., B, D) through a linear map, one (B, D) at a time: (..., B, 1, D').
+def modulations(linear: Callable[[Tensor], Tensor], vecs: Sequence[Tensor]) -> list[Tensor]:
+    """SiLU and a linear map of each (B, D): (B, 1, D').
 
-    So levels that are computed ahead together have the digits of levels computed in their turn.
+    One after the other: so those computed ahead together have the digits of those computed in their turn.
     """
-    levels = vec.reshape(-1, *vec.shape[-2:])
-    mods = torch.stack([linear(level) for level in levels]) if len(levels) > 1 else linear(levels[0])
-    return mods.reshape(*vec.shape[:-1], 1, -1)
+    return [linear(F.silu(vec))[:, None] for vec in vecs]
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -150,9 +149,9 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(width, config.mlp_width)
         self.attend: Attend = sdpa
 
-    def modulation(self, vec: Tensor) -> Tensor:
-        """(..., D) to (..., 1, 12 D): the image's six vectors, then the text's."""
-        return torch.cat((self.img_mod(vec), self.txt_mod(vec)), -1)
+    def modulation(self, vecs: Sequence[Tensor]) -> list[Tensor]:
+        """Each (B, D) to (B, 1, 12 D): the image's six vectors, then the text's."""
+        return [torch.cat(both, -1) for both in zip(self.img_mod(vecs), self.txt_mod(vecs), strict=True)]
 
     def forward(self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
         """img (B, L, D), txt (B, T, D), mod (B, 1, 12 D), pe over T + L positions."""
@@ -211,13 +210,10 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Modulations:
-    """The conditioning vector (..., B, D) and what each block makes of it (..., B, 1, parts*D)."""
+    """The conditioning vector (B, D) and what each block makes of it (B, 1, parts*D)."""
 
     vec: Tensor
     blocks: tuple[Tensor, ...]
-
-    def __getitem__(self, step: int) -> "Modulations":
-        return Modulations(self.vec[step], tuple(mod[step] for mod in self.blocks))
 
 
 class Transformer(nn.Module):
@@ -245,9 +241,13 @@ class Transformer(nn.Module):
             vec = vec + self.guidance_in(sinusoid(guidance).to(vector.dtype))
         return vec + self.vector_in(vector)
 
-    def modulations(self, vec: Tensor) -> Modulations:
-        """What depends on the conditioning vector (..., B, D) alone; several levels may be computed at once."""
-        return Modulations(vec, tuple(block.modulation(vec) for block in self.blocks()))
+    def modulations(self, vecs: Sequence[Tensor]) -> list[Modulations]:
+        """What depends on the conditioning vector alone, for each of several (B, D): block by block.
+
+        So weights that wait elsewhere come over once for all of them.
+        """
+        by_block = [block.modulation(vecs) for block in self.blocks()]
+        return [Modulations(vec, tuple(mods)) for vec, *mods in zip(vecs, *by_block, strict=True)]
 
     def blocks(self) -> Iterator[nn.Module]:
         yield from self.double_blocks
@@ -285,5 +285,5 @@ class Transformer(nn.Module):
         vector (B, vector_width) pooled text; guidance (B,) for models with a guidance embedding.
         """
         pe = self.positions(txt_ids, img_ids)
-        mods = self.modulations(self.condition(t, vector, guidance))
+        (mods,) = self.modulations([self.condition(t, vector, guidance)])
         return self.trunk(self.img_in(img), self.txt_in(txt), pe, mods)

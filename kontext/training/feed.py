@@ -131,7 +131,10 @@ def places(plan: Plan, *, first_step: int, rank: int) -> list[Place]:
 def feed(
     examples: Examples, *, first_step: int, rank: int, workers: int, device: torch.device
 ) -> Iterator[Example]:
-    """Examples of process `rank` from `first_step` to the end, on the device, loaded by `workers` processes."""
+    """Examples of process `rank` from `first_step` to the end, loaded by `workers` processes.
+
+    They are on the host, in memory from which `device` copies without waiting.
+    """
     loader: DataLoader[Example | UserError] = DataLoader(
         examples,
         batch_size=None,
@@ -143,7 +146,7 @@ def feed(
     for example in loader:
         if isinstance(example, UserError):
             raise example
-        yield example.to(device)
+        yield example
 
 
 def _heed_no_interrupts(worker: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from kontext.training.ahead import Pass, prepared
 from kontext.training.feed import Example
 from kontext.training.objective import Objective
 from kontext.training.plan import Plan
@@ -105,10 +106,12 @@ def train(
     `examples` are this process' batches in the plan's order.
     """
     objective.transformer.train()
+    asked = (Pass(example, objective.levels(example)) for example in examples)
+    passes = prepared(asked, objective.transformer, objective.guidance, team.device)
     for step in range(first_step, plan.steps):
         rates = updates.set_rates(step)
         mine = plan.group(step)[team.rank :: plan.processes]
-        seen = tuple(gradients(objective, next(examples), updates.scaler, seed) for _ in mine)
+        seen = tuple(gradients(objective, next(passes), updates.scaler, seed) for _ in mine)
         team.sum_gradients(updates.parameters.values())
         norm = updates.apply()
         loss = sum((part.losses.sum() for part in seen), torch.zeros((), device=team.device))
@@ -116,17 +119,17 @@ def train(
             listener(Outcome(step, loss, norm, rates, seen))
 
 
-def gradients(objective: Objective, example: Example, scaler: GradScaler, seed: int) -> Seen:
+def gradients(objective: Objective, asked: Pass, scaler: GradScaler, seed: int) -> Seen:
     """Adds the gradients of one batch. Its items count by their share in the step.
 
     Dropout draws from torch's global generators, which are seeded here, so that it does not depend on anything
     that happened before.
     """
+    example = asked.example
     seed_dropout(seed_of("dropout", seed, example.epoch, example.index), example.noise.device)
-    t = objective.levels(example)
-    losses = objective.losses(example, t) * (example.share / len(t))
+    losses = objective.losses(asked) * (example.share / len(asked.t))
     scaler.scale(losses.sum()).backward()
-    return Seen(example.batch.keys, t, losses.detach(), example.share)
+    return Seen(example.batch.keys, asked.t, losses.detach(), example.share)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

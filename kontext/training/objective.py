@@ -8,6 +8,7 @@ from kontext.denoiser import Conditioning, Denoiser
 from kontext.flow import mix, velocity
 from kontext.model.latents import PATCH
 from kontext.timesteps import Timesteps, levels, loss_weights
+from kontext.training.ahead import Pass
 from kontext.training.feed import Example
 
 
@@ -24,11 +25,12 @@ class Objective:
         height, width = example.batch.latents.shape[-2:]
         return levels(self.timesteps, example.u, (height // PATCH) * (width // PATCH))
 
-    def losses(self, example: Example, t: Tensor) -> Tensor:
-        """The loss (B,) of every item, float32: weighted mean square error of the velocity at levels t (B,)."""
-        batch = example.batch
-        latents, t = batch.latents.float(), t.to(batch.latents.device, non_blocking=True)
-        conditioning = Conditioning(batch.txt, batch.vector, batch.references, self.guidance)
-        predicted = Denoiser(self.transformer, conditioning)(mix(latents, example.noise, t), t)
-        error = predicted.float() - velocity(latents, example.noise)
+    def losses(self, asked: Pass) -> Tensor:
+        """The loss (B,) of every item, float32: weighted mean square error of the velocity."""
+        batch, noise = asked.example.batch, asked.example.noise
+        latents, t = batch.latents.float(), asked.t.to(batch.latents.device, non_blocking=True)
+        denoiser = Denoiser(
+            self.transformer, Conditioning(batch.txt, batch.vector, batch.references, self.guidance)
+        )
+        error = denoiser(mix(latents, noise, t), t, asked.modulations).float() - velocity(latents, noise)
         return loss_weights(self.timesteps.weighting, t) * error.square().flatten(1).mean(1)

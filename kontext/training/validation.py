@@ -15,6 +15,7 @@ import torch
 from kontext import console
 from kontext.data.batches import Batch
 from kontext.timesteps import Timesteps
+from kontext.training.ahead import Pass, prepared
 from kontext.training.feed import Batches, Example
 from kontext.training.loop import Outcome
 from kontext.training.objective import Objective
@@ -98,17 +99,18 @@ class Validation:
         transformer, device = self.objective.transformer, self.team.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         with evaluating(transformer), self.weights(), torch.no_grad():
-            for example in self._examples():
-                for level in LEVELS:
-                    losses = self.objective.losses(example, torch.full_like(example.u, level).float())
-                    total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+            for asked in prepared(self._passes(), transformer, self.objective.guidance, device):
+                losses = self.objective.losses(asked)
+                total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
         summed, count = self.team.sum(total).tolist()
         return summed / count
 
-    def _examples(self) -> Iterator[Example]:
-        """This process' batches with their noise, on the device."""
+    def _passes(self) -> Iterator[Pass]:
+        """This process' batches with their noise, each at all levels."""
         for index in range(len(self.held.batches.sizes(0)))[self.team.rank :: self.team.size]:
-            yield example_of(self.held.batches.load(0, index), index).to(self.team.device)
+            example = example_of(self.held.batches.load(0, index), index)
+            for level in LEVELS:
+                yield Pass(example, torch.full_like(example.u, level).float())
 
 
 def example_of(batch: Batch, index: int) -> Example:

@@ -44,10 +44,12 @@ def test_weights_visit_once_when_prepared(monkeypatch):
     calls = []
     forward = HostModulation.forward
     monkeypatch.setattr(
-        HostModulation, "forward", lambda self, vec: calls.append(vec.shape) or forward(self, vec)
+        HostModulation,
+        "forward",
+        lambda self, vecs: calls.append([vec.shape for vec in vecs]) or forward(self, vecs),
     )
     denoise(model, prepare=True)
-    assert calls == [(4, 2, 32)] * (2 * 2 + 3)
+    assert calls == [[(2, 32)] * 4] * (2 * 2 + 3)
 
 
 def test_streamed_blocks_leave_modulation_alone():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kontext.training import history as module
+from kontext.training.ahead import Pass
 from kontext.training.history import Recorder, SampleSet, Validation, read_history
 from kontext.training.loop import Outcome, Seen
 from tests.training.world import Run
@@ -64,7 +65,7 @@ def test_items_have_their_own_losses(accumulation: int, tmp_path: Path) -> None:
             example = run.examples.example(0, index)
             levels = run.objective.levels(example)
             expected_levels += levels.tolist()
-            expected += run.objective.losses(example, levels).tolist()
+            expected += run.objective.losses(Pass(example, levels)).tolist()
     recorder = Recorder(tmp_path / "h.jsonl", done=0)
     run.go(listeners=[lambda outcome: recorder.step(outcome, outcome.loss.item(), outcome.norm.item())])
     found = recorder.history

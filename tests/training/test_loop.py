@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kontext.memory.recompute import recompute_blocks
+from kontext.training.ahead import Pass
 from kontext.training.network import Network
 from kontext.training.state import Progress, load_state, read_progress, save_state
 from tests.training.world import SEED, Run, Stop, stop_after
@@ -74,7 +75,7 @@ def test_accumulated_batches_count_by_their_items() -> None:
     losses = []
     for index in run.plan.group(0):
         example = run.examples.example(0, index)
-        losses.append(run.objective.losses(example, run.objective.levels(example)))
+        losses.append(run.objective.losses(Pass(example, run.objective.levels(example))))
     assert {len(part) for part in losses} == {1, 2}
     torch.cat(losses).mean().backward()
     expected = {name: parameter.grad.clone() for name, parameter in run.parameters.items()}

@@ -10,6 +10,7 @@ from kontext.checkpoints import load_transformer
 from kontext.data.batches import Batch
 from kontext.lora.adapter import LoraLinear
 from kontext.timesteps import Timesteps, loss_weights
+from kontext.training.ahead import Pass
 from kontext.training.feed import Example
 from kontext.training.network import Network, build
 from kontext.training.objective import Objective
@@ -114,7 +115,7 @@ def test_gradients_are_those_of_diffusers_and_peft(tiny_files: Any) -> None:
     sample = example()
     objective = Objective(transformer, Timesteps(), 1.0)
     t = objective.levels(sample)
-    loss = objective.losses(sample, t).mean()
+    loss = objective.losses(Pass(sample, t)).mean()
     loss.backward()
     expected = diffusers_loss(theirs, sample, t)
     expected.backward()
@@ -136,7 +137,7 @@ def test_the_model_is_told_the_level_of_the_mix(monkeypatch: pytest.MonkeyPatch)
         def __init__(self, transformer: Any, conditioning: Any) -> None:
             self.guidance = conditioning.guidance
 
-        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        def __call__(self, x: Tensor, t: Tensor, modulations: Any) -> Tensor:
             told.append(t)
             mixed.append(x)
             return torch.zeros_like(x)
@@ -145,7 +146,7 @@ def test_the_model_is_told_the_level_of_the_mix(monkeypatch: pytest.MonkeyPatch)
     sample = example()
     objective = Objective(None, Timesteps(weighting="sigma_sqrt"), 1.0)  # type: ignore[arg-type]
     t = objective.levels(sample)
-    losses = objective.losses(sample, t)
+    losses = objective.losses(Pass(sample, t))
     assert t.dtype == torch.float32 and torch.equal(told[0], t)
     level = (mixed[0] - sample.batch.latents) / (sample.noise - sample.batch.latents)
     torch.testing.assert_close(level, t.view(2, 1, 1, 1).expand_as(level), rtol=1e-3, atol=1e-4)
