@@ -44,7 +44,7 @@ def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Denoiser:
-    """Velocity (B, C, h, w) of x (B, C, h, w) at noise levels t (B,), under fixed conditioning.
+    """Velocity (B, C, h, w) of x (B, C, h, w) at noise levels t (B,), under fixed conditioning: of B, or one for all.
 
     x and the result are float32; the transformer works in its own dtype. What no step changes is made once:
     embedded text and references, and their positions.
@@ -65,11 +65,12 @@ class Denoiser:
     def __call__(self, x: Tensor, t: Tensor, modulations: Modulations | None = None) -> Tensor:
         """modulations: those of level t if they were computed ahead."""
         height, width = x.shape[-2:]
-        img = self.embed(x)
-        tokens = torch.cat((img, *self.references), 1)
+        img, txt = self.embed(x), self.txt.expand(len(x), -1, -1)
+        references = [reference.expand(len(x), -1, -1) for reference in self.references]
+        tokens = torch.cat((img, *references), 1)
         pe = self.positions_for(height, width)
         mods = modulations or self.modulations(t)
-        velocity = self.transformer.trunk(tokens, self.txt, pe, mods, targets=img.shape[1])
+        velocity = self.transformer.trunk(tokens, txt, pe, mods, targets=img.shape[1])
         return unpack(velocity, height, width).float()
 
     def embed(self, latents: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Names of devices and precisions as a user writes them, and what torch calls them."""
 
+import psutil
 import torch
 
 from kontext import console
@@ -28,3 +29,10 @@ def resolve_dtype(name: str) -> torch.dtype:
             "FLUX.1 Kontext overflows in float16: expect black pictures or a NaN loss. Use --dtype bfloat16."
         )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes in use: the most that PyTorch has reserved on a GPU, the process' resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return psutil.Process().memory_info().rss

@@ -7,14 +7,14 @@ from typing import TypeVar
 from torch import Tensor
 
 from kontext.console import progress
-from kontext.errors import UserError
 from kontext.generation.outputs import Writer, settings_of
-from kontext.generation.pipeline import Conditioned, Framed, Kontext
+from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
+from kontext.generation.stages import ITEM_ERRORS, Conditioned, Framed
+from kontext.generation.together import Together, seedless
 
 A = TypeVar("A")
 B = TypeVar("B")
-ITEM_ERRORS = (UserError, OSError, RuntimeError)  # RuntimeError: out of memory, for one
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _frame_all(kontext: Kontext, batch: Batch) -> dict[int, Framed]:
     last: list[tuple[Request, Framed]] = []
 
     def frame(_: int, request: Request) -> Framed:
-        alike = replace(request, seed=None)
+        alike = seedless(request)
         if last and last[0][0] == alike:
             return replace(last[0][1], request=request.seeded())
         framed = kontext.frame(request)
@@ -99,10 +99,10 @@ def _denoise_all(
     asked = [item.framed.request for item in conditioned.values()]
     steps = sum(request.steps - request.skipped_steps for request in asked)
     with progress("Denoising", steps, unit="step") as bar:
+        together = Together(kontext, conditioned, count=len(batch.requests), bar=bar)
 
         def denoise(number: int, item: Conditioned) -> Finished:
-            note = f"picture {number} of {len(batch.requests)}" if len(batch.requests) > 1 else ""
-            latent = kontext.denoise(item, lambda _: bar.advance(note=note))
+            latent = together.latent(number)
             stem = writer.stem(number, len(batch.requests), item.framed.request.seed)
             settings = settings_of(item.framed.request, item.framed.width, item.framed.height)
             writer.save_latent(stem, latent, settings)

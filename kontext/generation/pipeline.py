@@ -4,8 +4,7 @@ Each stage takes what the one before returns, so that a batch can run stage by s
 a time. Latents are (1, C, h, w) with h and w an eighth of the pixels, and wait on the CPU between stages.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from kontext.console import notice
 from kontext.data.images import Size, to_image, to_tensor
-from kontext.denoiser import Conditioning, Denoiser
+from kontext.denoiser import Conditioning
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
-from kontext.flow import schedule
 from kontext.generation.cut import say_cut
+from kontext.generation.denoising import OnStep, check_finite, denoise
 from kontext.generation.inpaint import Canvas, check_canvas, latent_area, open_mask, paste
 from kontext.generation.parts import (
     Loras,
@@ -32,52 +31,11 @@ from kontext.generation.parts import (
 from kontext.generation.references import Opened, at_size, open_references, prepare, restore
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
-from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
+from kontext.generation.stages import Conditioned, Framed, Text
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
-from kontext.sampler import SAMPLERS, Denoise
 
 T5_LIMIT = 512
-OnStep = Callable[[int], None]
-"""Called with the number of each step that is done, from 0."""
-
-
-@dataclass(frozen=True)
-class Framed:
-    """A request with a seed, its output's size in pixels and the latents of its references."""
-
-    request: Request
-    width: int
-    height: int
-    references: tuple[Tensor, ...]
-    canvas: Canvas | None = None
-
-
-@dataclass(frozen=True)
-class Conditioned:
-    """All that the transformer needs. `negative` is None without true guidance."""
-
-    framed: Framed
-    positive: Conditioning
-    negative: Conditioning | None
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt's embeddings: T5 (1, T, D) and CLIP pooled (1, V)."""
-
-    txt: Tensor
-    vector: Tensor
-
-
-def true_guidance(positive: Denoise, negative: Denoise, scale: float) -> Denoise:
-    """negative + scale * (positive - negative), in two passes (Ho & Salimans 2022; diffusers' `true_cfg_scale`)."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        away = negative(x, t)
-        return away + scale * (positive(x, t) - away)
-
-    return denoise
 
 
 class Kontext:
@@ -233,40 +191,22 @@ class Kontext:
         model, self._attached = open_transformer(files, self.runtime, self.loras, self._strengths)
         return model
 
-    @torch.no_grad()
-    def denoise(self, conditioned: Conditioned, on_step: OnStep | None = None) -> Tensor:
-        """The finished latent (1, C, h, w), float32 on the CPU.
+    def denoise(
+        self, conditioned: Conditioned, on_step: OnStep | None = None, *, seeds: Sequence[int] = ()
+    ) -> Tensor:
+        """The finished latent (1, C, h, w), float32 on the CPU; or, of several seeds, (B, C, h, w) in one batch.
 
         Raises UserError at the first step that leaves NaN or infinite values.
         """
-        framed = conditioned.framed
-        request = framed.request
-        tokens = (framed.height // PIXELS_PER_TOKEN) * (framed.width // PIXELS_PER_TOKEN)
-        sigmas = schedule(request.steps, tokens, kind=request.schedule, flow_shift=request.flow_shift)
-        sigmas = sigmas[request.skipped_steps :]
-        channels = self.transformer_for(request).config.out_channels // PATCH**2
-        noise = draw_noise(request.seed, framed.height, framed.width, channels).to(self.runtime.device)
-
-        def watch(step: int, x: Tensor) -> None:
-            what = f"Step {step + 1}: the latents became NaN or infinite"
-            _check_finite(x, what, "--dtype", self.runtime.dtype)
-            if on_step is not None:
-                on_step(step)
-
-        x, velocity = noise, self._velocity(conditioned, sigmas)
-        if framed.canvas is not None:
-            x, velocity = framed.canvas.start(noise, sigmas[:1]), framed.canvas.within(velocity, noise)
-        return SAMPLERS[request.sampler](velocity, x, sigmas, on_step=watch).cpu()
-
-    def _velocity(self, conditioned: Conditioned, sigmas: Tensor) -> Denoise:
-        sides = []
-        for conditioning in (conditioned.positive, conditioned.negative):
-            if conditioning is not None:
-                side = Denoiser(self.transformer(), conditioning)
-                side.prepare(sigmas[:-1])
-                sides.append(side)
-        return (
-            sides[0] if len(sides) == 1 else true_guidance(*sides, conditioned.framed.request.true_cfg_scale)
+        request = conditioned.framed.request
+        assert request.seed is not None
+        return denoise(
+            self.transformer_for(request),
+            conditioned,
+            seeds or (request.seed,),
+            device=self.runtime.device,
+            dtype=self.runtime.dtype,
+            on_step=on_step,
         )
 
     def finish(self, framed: Framed, latent: Tensor) -> Image.Image:
@@ -290,7 +230,7 @@ class Kontext:
                 f"The latent has {latent.shape[1]} channels, but this autoencoder decodes {channels}."
             )
         pixels = model.decode(latent.to(self.runtime.device, dtype))[0]
-        _check_finite(pixels, "Decoding: the pixels became NaN or infinite", "--vae-dtype", dtype)
+        check_finite(pixels, "Decoding: the pixels became NaN or infinite", "--vae-dtype", dtype)
         return to_image(pixels)
 
 
@@ -299,11 +239,3 @@ def _check(request: Request) -> None:
     if request.restore_size and not request.references:
         raise UserError("--restore-size needs a reference (--control-image), whose size it restores.")
     check_canvas(request)
-
-
-def _check_finite(values: Tensor, what: str, option: str, dtype: torch.dtype) -> None:
-    if torch.isfinite(values).all():
-        return
-    if dtype == torch.float16:
-        raise UserError(f"{what}: float16 overflows. Use {option} bfloat16 or {option} float32.")
-    raise UserError(f"{what}. Try {option} float32; if that fails too, the weights or a LoRA are damaged.")

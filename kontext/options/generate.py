@@ -140,7 +140,10 @@ class Source(Options):
         default=None,
     )
     images_per_prompt: int = option(
-        "Pictures of each prompt, with seeds counted up.", default=1, ge=1, le=10_000
+        "Pictures of each prompt, with seeds counted up; as many at a time as the memory holds.",
+        default=1,
+        ge=1,
+        le=10_000,
     )
     interactive: bool = option("Read prompt lines from the keyboard; models stay loaded.", default=False)
     latent_path: list[Path] = option("Decode these latent files, without the transformer.", default=[])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from kontext import console
+from kontext.device import memory_used
 from kontext.errors import UserError
 from kontext.training.loop import Outcome
 from kontext.training.plan import Plan
@@ -124,7 +124,7 @@ class Monitor:
         self.progress.advance(
             len(outcomes),
             f"epoch {self.plan.epoch(last.step) + 1}/{self.plan.epochs}  loss {self.smoothed.value:.4f}  "
-            f"{self.validation}lr {last.rates[0]:.2e}  {speed:.3g} images/s  {memory(self.team.device) / GIGABYTE:.1f} GB",
+            f"{self.validation}lr {last.rates[0]:.2e}  {speed:.3g} images/s  {memory_used(self.team.device) / GIGABYTE:.1f} GB",
         )
 
     def _breakdown(self, outcome: Outcome, what: str) -> str:
@@ -141,10 +141,3 @@ class Monitor:
             f"The {what} at step {outcome.step + 1}, with {named or 'items of another process'}. "
             f"Nothing was saved since. {remedy}, with a lower --learning-rate, or --dtype bfloat16 if it was float16."
         )
-
-
-def memory(device: torch.device) -> int:
-    """Bytes in use: the most that PyTorch has reserved on a GPU, the process' resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return psutil.Process().memory_info().rss

@@ -61,7 +61,8 @@ def test_seeds_count_up(generate, tmp_path):
     assert code == 0 and [name.rpartition("_")[2] for name in names] == ["8.jpg", "9.jpg"]
     generate(*options, "--seed", 9, "--output-name", "alone")
     second, alone = (Image.open(tmp_path / "out" / name) for name in (names[1], "alone.jpg"))
-    assert second.format == "JPEG" and np.array_equal(second, alone)
+    assert second.format == "JPEG"
+    assert np.abs(np.int16(second) - np.int16(alone)).max() <= 2  # a batch rounds its sums in another order
 
 
 def test_a_reference_is_encoded_once_for_all_copies(generate, tmp_path, photo):

@@ -10,9 +10,10 @@ from PIL import Image
 
 from kontext.errors import UserError
 from kontext.generation import batch
+from kontext.generation.denoising import true_guidance
 from kontext.generation.outputs import Writer
 from kontext.generation.parts import ModelFiles, Runtime
-from kontext.generation.pipeline import Kontext, true_guidance
+from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
 from kontext.memory.placement import Placement
 
@@ -129,7 +130,7 @@ def test_true_guidance_by_hand():
 def test_steps_are_reported_in_order(kontext):
     steps = []
     request = Request("x", width=64, height=64, steps=3)
-    kontext.denoise(kontext.condition(kontext.frame(request)), steps.append)
+    kontext.denoise(kontext.condition(kontext.frame(request)), lambda step, x: steps.append(step))
     assert steps == [0, 1, 2]
 
 
@@ -138,11 +139,11 @@ def test_a_batch_outlives_an_error_of_torch_but_not_a_model_that_cannot_be_loade
 ):
     denoise, calls = kontext.denoise, []
 
-    def failing(conditioned, on_step):
+    def failing(conditioned, on_step, **more):
         calls.append(conditioned)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return denoise(conditioned, on_step)
+        return denoise(conditioned, on_step, **more)
 
     monkeypatch.setattr(kontext, "denoise", failing)
     requests = [Request("red", **SMALL), Request("blue", **SMALL)]
