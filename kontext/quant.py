@@ -55,6 +55,12 @@ def quantise(weight: Tensor, mode: Mode) -> Quantised:
     return Quantised(values, scale)
 
 
+def stored_bytes(rows: int, columns: int, mode: Mode) -> int:
+    """What a weight (rows, columns) takes after `quantise`."""
+    blocks = 0 if mode == "fp8" else columns // BLOCK if columns % BLOCK == 0 else 1
+    return rows * (columns + blocks * torch.bfloat16.itemsize)
+
+
 def _smallest_scale(blocks: Tensor, largest: float) -> Tensor:
     """(out, blocks, 1): what brings the largest value of each block to `largest`."""
     return (blocks.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30)
