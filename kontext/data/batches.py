@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kontext.data.cache import Kind, read_latents, read_text
-from kontext.data.images import read_picture
+from kontext.data.cache import Kind, Latents, read_latents, read_text
+from kontext.data.encode import jobs_of, load
 from kontext.data.items import Item, Skips
 from kontext.data.plan import Block, Entry, Part, Status, check_caches, plan_blocks
 from kontext.errors import UserError
@@ -28,7 +28,7 @@ class Batch:
     """Items of equal sizes. B items, C latent channels, h and w an eighth of the pixels, T text tokens.
 
     latents (B, C, h, w); references (B, C, h', w') each, none for text-to-image; txt (B, T, D); vector (B, V);
-    keys: the items' names.
+    keys: the items' names; masks (B, 1, h, w): weights of the loss in 0..1, None when no item has a mask.
     """
 
     latents: Tensor
@@ -36,6 +36,7 @@ class Batch:
     txt: Tensor
     vector: Tensor
     keys: tuple[str, ...]
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,16 @@ def load_batch(entries: Sequence[Entry], captions: Sequence[str]) -> Batch:
         txt=torch.stack([each.txt for each in texts]),
         vector=torch.stack([each.vector for each in texts]),
         keys=tuple(entry.item.key for entry in entries),
+        masks=_stacked_masks(latents),
+    )
+
+
+def _stacked_masks(latents: Sequence[Latents]) -> Tensor | None:
+    """An item without a mask counts everywhere."""
+    if all(each.mask is None for each in latents):
+        return None
+    return torch.stack(
+        [torch.ones_like(each.target[:1]) if each.mask is None else each.mask for each in latents]
     )
 
 
@@ -166,15 +177,15 @@ def open_batches(
 
 
 def _unreadable(entries: Sequence[Entry], skips: Skips) -> list[Entry]:
-    """The entries without cache, when the reason is that none of them can be decoded: caching has skipped them.
+    """The entries without cache, when the reason is that none of them can be used: caching has skipped them.
 
-    As soon as one can be decoded, caching has not been run, and the others need not be tried.
+    As soon as one can be used, caching has not been run, and the others need not be tried.
     """
     found = []
     for entry in entries:
         try:
-            for source in entry.sources:
-                read_picture(source)
+            for job in jobs_of(entry):
+                load(job)
         except UserError as error:
             found.append((entry, str(error)))
         else:

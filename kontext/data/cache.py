@@ -4,6 +4,7 @@
         latents_1x<h>x<w>_<dtype>               (C, h, w)   scaled latents of the target
         latents_control_1x<h>x<w>_<dtype>       (C, h, w)   of the first reference
         latents_control_<i>_1x<h>x<w>_<dtype>   (C, h, w)   of the others, i from 1
+        latents_mask_1x<h>x<w>_<dtype>          (1, h, w)   of our own, if there is a loss mask: weights in 0..1
     <key>_fk_te.safetensors
         t5_vec_<dtype>                          (T, D)
         clip_l_pooler_<dtype>                   (V,)
@@ -36,6 +37,7 @@ ARCHITECTURE = "flux_kontext"
 FORMAT_VERSION = "1.0.1"
 RECORD = "kontext"
 ENDINGS = {"latents": "_fk.safetensors", "text": "_fk_te.safetensors"}
+MASK = "latents_mask"
 LEFTOVER_SECONDS = 3600
 DTYPE = re.compile(r"_(float64|float32|bfloat16|float16|float8_e4m3fn|float8_e5m2)$")
 SIZE = re.compile(r"_\d+x\d+x\d+$")
@@ -49,20 +51,22 @@ class Record:
 
     dataset: hash of the block's source, by which a block knows its own files.
     encoder: hash of the encoders and their settings.
-    sources: stamps of the target and its references; none for text.
+    sources: stamps of the target and its references; none for text. mask: that of the loss mask's file, if any.
     """
 
     dataset: str
     encoder: str
     sources: tuple[Stamp, ...] = ()
+    mask: Stamp | None = None
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Scaled latents (C, h, w) of one item: target and references."""
+    """Scaled latents (C, h, w) of one item: target and references; weights (1, h, w) of the target's loss, if any."""
 
     target: Tensor
     references: tuple[Tensor, ...]
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ def write_latents(path: Path, latents: Latents, *, size: Size, record: Record, s
     for index, reference in enumerate(latents.references):
         name = f"latents_control_{index}" if index else "latents_control"
         tensors[_latents_name(name, reference)] = reference
+    if latents.mask is not None:
+        tensors[_latents_name(MASK, latents.mask)] = latents.mask
     _check_finite(tensors, source)
     _save(path, tensors, {"width": str(size[0]), "height": str(size[1])}, record)
 
@@ -194,7 +200,8 @@ def _parse_record(text: str | None) -> Record | None:
     try:
         values: dict[str, Any] = json.loads(text or "")
         sources = tuple(Stamp(**stamp) for stamp in values["sources"])
-        return Record(values["dataset"], values["encoder"], sources)
+        mask = values.get("mask")
+        return Record(values["dataset"], values["encoder"], sources, mask and Stamp(**mask))
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -203,7 +210,8 @@ def read_latents(path: Path) -> Latents:
     """The tensors of a latents file. Raises UserError when it cannot be read."""
     with _opened(path) as file:
         tensors = {logical_name(key): file.get_tensor(key) for key in list(file.keys())}
-        return Latents(tensors["latents"], tuple(tensors[name] for name in _references(tensors)))
+        references = tuple(tensors[name] for name in _references(tensors))
+        return Latents(tensors["latents"], references, tensors.get(MASK))
 
 
 def read_text(path: Path, caption: str | None = None) -> Text:

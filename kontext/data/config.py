@@ -59,6 +59,9 @@ class General(CaptionKeys):
     control_dropout_rate: float = Field(
         0.0, ge=0, le=1, description="Share of batches that are shown without their references."
     )
+    alpha_mask: bool = Field(
+        False, description="The targets' alpha channel is their loss mask; it is not laid on white."
+    )
     control_resolution: Size | None = Field(None, description="Area of the references: n or [width, height].")
 
     @field_validator("resolution", "control_resolution", mode="before")
@@ -90,6 +93,9 @@ class Dataset(General):
     )
     control_directory: Path | None = Field(
         None, description="Folder of the references, named after their targets."
+    )
+    mask_directory: Path | None = Field(
+        None, description="Folder of the loss masks, named and sized as their targets; white counts."
     )
     cache_directory: Path | None = Field(
         None, description="Where caches are kept; default: the image_directory."
@@ -244,7 +250,8 @@ def _check_sources(dataset: Dataset, place: str) -> None:
         raise UserError(f"{place} image_jsonl_file needs a cache_directory.")
     if jsonl is not None and dataset.control_directory is not None:
         raise UserError(f"{place} with image_jsonl_file, references are named in its lines (control_path).")
-    for name in ("image_directory", "control_directory"):
+    _check_masks(dataset, place)
+    for name in ("image_directory", "control_directory", "mask_directory"):
         path = getattr(dataset, name)
         if path is not None and not path.is_dir():
             raise UserError(f"{place} {name} {_absent(path, 'folder')}")
@@ -254,6 +261,18 @@ def _check_sources(dataset: Dataset, place: str) -> None:
         raise UserError(
             f"{place} control_directory is the image_directory: each target would be its own reference."
         )
+
+
+def _check_masks(dataset: Dataset, place: str) -> None:
+    folder = dataset.mask_directory
+    if folder is None:
+        return
+    if dataset.alpha_mask:
+        raise UserError(f"{place} mask_directory and alpha_mask exclude each other; leave one out.")
+    if dataset.image_directory is None:
+        raise UserError(f"{place} with image_jsonl_file, loss masks are named in its lines (mask_path).")
+    if folder.resolve() == dataset.image_directory.resolve():
+        raise UserError(f"{place} mask_directory is the image_directory; masks need a folder of their own.")
 
 
 def _absent(path: Path, kind: str) -> str:

@@ -1,7 +1,7 @@
 """Fill the cache: pictures are read and resized in worker processes while the encoder works."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
@@ -14,13 +14,33 @@ from kontext.data.cache import Latents, Record, Text, write_latents, write_text
 from kontext.data.fingerprints import Stamp, make_stamp
 from kontext.data.images import Size, cover, read_bytes, read_picture, scale_pixels, to_pixels
 from kontext.data.items import Skips
+from kontext.data.masks import latent_weights, read_layers, read_mask
 from kontext.data.plan import Entry
 from kontext.errors import UserError
 
 T = TypeVar("T")
 
+ALPHA_NOTE = "alpha taken as loss mask"
+
 REMEMBERED = 256
 """Latents kept for pictures that come again: about a MB each at a megapixel."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to read and the size that it is brought to; with its loss mask if it is a target that has one."""
+
+    path: Path
+    size: Size
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A loss mask at latent size: weights (1, h, w), None where an alpha channel is wanted and there is none."""
+
+    weights: Tensor | None
+    stamp: Stamp
 
 
 @dataclass(frozen=True)
@@ -30,32 +50,62 @@ class Loaded:
     pixels: Tensor
     stamp: Stamp
     notes: tuple[str, ...]
+    mask: Mask | None = None
 
     @property
-    def identity(self) -> tuple[str, torch.Size]:
-        """Equal for pictures that have equal latents."""
-        return self.stamp.content, self.pixels.shape
+    def identity(self) -> tuple[str, torch.Size, tuple[str, ...]]:
+        """Equal for pictures that have equal latents: those of one file, size and treatment."""
+        return self.stamp.content, self.pixels.shape, self.notes
+
+
+def jobs_of(entry: Entry) -> list[Job]:
+    """What an entry needs: its target, then its references."""
+    target, *references = map(Job, entry.sources, entry.sizes)
+    return [replace(target, mask=entry.item.mask), *references]
+
+
+def load(job: Job) -> Loaded:
+    """Read a picture, and its mask. Raises UserError when one of them cannot be used."""
+    data, stamp = _read(job.path)
+    if job.mask != job.path:
+        picture = read_picture(job.path, data)
+        mask = job.mask and _load_mask(job.mask, job.size)
+    else:
+        layers = read_layers(job.path, data)
+        picture = layers.picture
+        weights = None if layers.alpha is None else latent_weights(layers.alpha, job.size, job.path)
+        mask = Mask(weights, stamp)
+        picture = picture if weights is None else replace(picture, notes=(*picture.notes, ALPHA_NOTE))
+    return Loaded(to_pixels(cover(picture.image, job.size)), stamp, picture.notes, mask)
+
+
+def _load_mask(path: Path, size: Size) -> Mask:
+    data, stamp = _read(path)
+    return Mask(latent_weights(read_mask(path, data), size, path), stamp)
+
+
+def _read(path: Path) -> tuple[bytes, Stamp]:
+    """A file's content and its stamp, its times taken first: an edit in between is noticed next time."""
+    state = path.stat() if path.exists() else None
+    data = read_bytes(path)
+    assert state is not None, "read_bytes refuses what does not exist"
+    return data, make_stamp(state, data)
 
 
 class Pictures(Dataset[Loaded | str]):
-    """What the workers do: the picture `index` of the list brought to its size, or why it cannot be read."""
+    """What the workers do: the picture `index` of the list brought to its size, or why it cannot be used."""
 
-    def __init__(self, jobs: Sequence[tuple[Path, Size]]) -> None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
 
     def __len__(self) -> int:
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> Loaded | str:
-        path, size = self.jobs[index]
         try:
-            state = path.stat() if path.exists() else None
-            data = read_bytes(path)
-            picture = read_picture(path, data)
+            return load(self.jobs[index])
         except UserError as error:
             return str(error)
-        assert state is not None, "read_bytes refuses what does not exist"
-        return Loaded(to_pixels(cover(picture.image, size)), make_stamp(state, data), picture.notes)
 
 
 class RememberingEncoder:
@@ -66,7 +116,7 @@ class RememberingEncoder:
 
     def __init__(self, encode: Callable[[Tensor], Tensor], batch_size: int) -> None:
         self.encode, self.batch_size = encode, batch_size
-        self.known: dict[tuple[str, torch.Size], Tensor] = {}
+        self.known: dict[tuple[str, torch.Size, tuple[str, ...]], Tensor] = {}
 
     def __call__(self, pictures: Sequence[Loaded]) -> list[Tensor]:
         """Latents (C, h, w) on the CPU, float32, one per picture."""
@@ -113,7 +163,7 @@ def encode_latents(
 
 
 def _load(entries: Sequence[Entry], workers: int) -> Iterator[tuple[Entry, list[Loaded | str]]]:
-    jobs = [pair for entry in entries for pair in zip(entry.sources, entry.sizes, strict=True)]
+    jobs = [job for entry in entries for job in jobs_of(entry)]
     loader = DataLoader(
         Pictures(jobs),
         batch_size=None,
@@ -142,9 +192,11 @@ def _encode_chunk(
     latents = iter(remembering([each for _, pictures in ready for each in pictures]))
     for entry, pictures in ready:
         target, *references = (next(latents) for _ in pictures)
-        record = Record(entry.dataset, encoder, tuple(each.stamp for each in pictures))
-        both = Latents(target, tuple(references))
-        write_latents(entry.latents, both, size=entry.size, record=record, source=str(entry.item.image))
+        mask = pictures[0].mask
+        stamps = tuple(each.stamp for each in pictures)
+        record = Record(entry.dataset, encoder, stamps, mask and mask.stamp)
+        result = Latents(target, tuple(references), mask and mask.weights)
+        write_latents(entry.latents, result, size=entry.size, record=record, source=str(entry.item.image))
         named = zip(entry.sources, pictures, strict=True)
         yield Written(entry, tuple((path, note) for path, each in named for note in each.notes))
 

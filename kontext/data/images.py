@@ -79,22 +79,28 @@ def read_picture(path: Path, data: bytes | None = None) -> Picture:
     into RGB (CMYK through its embedded profile). RGB profiles are ignored, as in every program that runs the
     model. Raises UserError, naming the file, for whatever cannot be read whole.
     """
-    with _explained(path), _open(path, read_bytes(path) if data is None else data) as image:
+    with explained(path):
+        return as_rgb(read_upright(path, data))
+
+
+def read_upright(path: Path, data: bytes | None = None) -> Image.Image:
+    """The decoded picture, upright, in its file's own mode. Raises UserError as `read_picture`."""
+    with explained(path), _open(path, read_bytes(path) if data is None else data) as image:
         orientation = _orientation(image)
         image.load()
         turn = TURNS.get(orientation)
-        return as_rgb(image if turn is None else image.transpose(turn))
+        return image if turn is None else image.transpose(turn)
 
 
 def image_size(path: Path) -> Size:
     """Width and height of the upright picture, from the file's header alone."""
-    with _explained(path), _open(path, path) as image:
+    with explained(path), _open(path, path) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises into a UserError that names the file."""
     try:
         yield
@@ -212,17 +218,21 @@ def preferred_size(size: Size) -> Size:
     return min(PREFERRED_RESOLUTIONS, key=lambda each: (abs(ratio - each[0] / each[1]), each))
 
 
-def stretch(image: Image.Image, size: Size) -> Image.Image:
+def stretch(
+    image: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """Resize straight to `size`, whatever the aspect ratio."""
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    return image if image.size == size else image.resize(size, resample)
 
 
-def cover(image: Image.Image, size: Size) -> Image.Image:
+def cover(
+    image: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """Scale until `size` is covered, then cut out its centre: aspect ratio kept, edges lost on one axis."""
     scale = max(size[0] / image.width, size[1] / image.height)
     scaled = (int(image.width * scale + 0.5), int(image.height * scale + 0.5))
     left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return stretch(image, scaled).crop((left, top, left + size[0], top + size[1]))
+    return stretch(image, scaled, resample).crop((left, top, left + size[0], top + size[1]))
 
 
 def crop_to_multiple(image: Image.Image) -> Image.Image:

@@ -1,16 +1,15 @@
 """What a dataset block holds: target pictures with a caption and, for edits, their references."""
 
-import difflib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kontext import console
 from kontext.data.captions import captions_of
 from kontext.data.config import Dataset
+from kontext.data.masks import match_masks
+from kontext.data.rows import read_rows
 from kontext.errors import UserError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
@@ -23,7 +22,8 @@ class Item:
 
     key: the name of its cache files, unique in its block; the target's name without extension wherever that is.
     others: captions that may be chosen in place of `caption`. dropout: how often the empty prompt is.
-    control_dropout: how often a batch of such items goes without references.
+    control_dropout: how often a batch of such items goes without references. mask: the picture that says how much
+    each part of the target counts; the target itself where its alpha does.
     """
 
     key: str
@@ -33,6 +33,7 @@ class Item:
     others: tuple[str, ...] = ()
     dropout: float = 0.0
     control_dropout: float = 0.0
+    mask: Path | None = None
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -84,10 +85,12 @@ def list_items(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     return items
 
 
-def _item(key: str, image: Path, text: str, controls: tuple[Path, ...], dataset: Dataset) -> Item:
+def _item(
+    key: str, image: Path, text: str, controls: tuple[Path, ...], mask: Path | None, dataset: Dataset
+) -> Item:
     caption, *others = captions_of(text, dataset, image)
     rates = dataset.caption_dropout_rate, dataset.control_dropout_rate
-    return Item(key, image, caption, controls, tuple(others), *rates)
+    return Item(key, image, caption, controls, tuple(others), *rates, image if dataset.alpha_mask else mask)
 
 
 def unique_keys(stems: Sequence[str]) -> list[str]:
@@ -116,11 +119,12 @@ def _from_folder(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
         controls, lonely = match_controls(images, list_pictures(dataset.control_directory))
         if lonely:
             console.notice(f"{dataset.control_directory}: {_named(lonely)} not used: no target of that name.")
+    masks = _masks(images, dataset.mask_directory) if dataset.mask_directory else {}
     items = []
     for key, image in zip(unique_keys([path.stem for path in images]), images, strict=True):
         caption = _caption_of(image, dataset.caption_extension, skips)
         if caption is not None:
-            items.append(_item(key, image, caption, controls.get(image, ()), dataset))
+            items.append(_item(key, image, caption, controls.get(image, ()), masks.get(image), dataset))
     missing = [item.image for item in items if not item.controls]
     if dataset.control_directory and missing:
         raise UserError(
@@ -128,6 +132,14 @@ def _from_folder(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
             "cat.png, cat_0.png, cat_1.jpg ... Targets without one belong into a block without control_directory."
         )
     return tuple(items)
+
+
+def _masks(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    files = list_pictures(folder)
+    lonely = [path for path in files if path.stem not in {image.stem for image in images}]
+    if lonely:
+        console.notice(f"{folder}: {_named(lonely)} not used: no target of that name.")
+    return match_masks(images, folder, files)
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -197,85 +209,14 @@ def _named(paths: Sequence[Path], most: int = 5) -> str:
 
 def _from_jsonl(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     path = dataset.source
-    rows = list(_read_rows(path))
-    _check_all_have_controls(path, rows)
+    rows = read_rows(path)
+    if dataset.alpha_mask and any(row.mask for row in rows):
+        raise UserError(f"{path}: alpha_mask and mask_path exclude each other; leave one out.")
     keys = unique_keys([row.image.stem for row in rows])
     items = []
     for key, row in zip(keys, rows, strict=True):
         if row.caption is None:
             skips.add(f"{path}:{row.number}", f"no caption for {row.image}")
         else:
-            items.append(_item(key, row.image, row.caption.strip(), row.controls or (), dataset))
+            items.append(_item(key, row.image, row.caption.strip(), row.controls or (), row.mask, dataset))
     return tuple(items)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One line. controls: None when it does not say, () when it says that there are none."""
-
-    number: int
-    image: Path
-    caption: str | None
-    controls: tuple[Path, ...] | None
-
-
-def _read_rows(path: Path) -> Iterable[_Row]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _row(f"{path}:{number}", number, line)
-
-
-def _row(place: str, number: int, line: str) -> _Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not a line of JSON ({error.msg}).") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: an object with image_path and caption was expected.")
-    _check_keys(place, values)
-    image = values.get("image_path", values.get("image_path_0"))
-    caption = values.get("caption")
-    if not isinstance(image, str) or not isinstance(caption, str | None):
-        raise UserError(f"{place}: image_path and caption must be texts.")
-    return _Row(number, Path(image), caption, _row_controls(place, values))
-
-
-def _check_keys(place: str, values: dict[str, Any]) -> None:
-    """Columns of other tools may stay; a misspelt one of ours, which would be lost silently, may not."""
-    known = ("image_path", "caption", "control_path")
-    for name in values:
-        base = re.sub(r"_\d+$", "", name)
-        near = difflib.get_close_matches(base, known, n=1, cutoff=0.8)
-        if base not in known and near:
-            raise UserError(f"{place}: unknown key {name}. Did you mean {near[0]}?")
-        if base == "image_path" and name not in ("image_path", "image_path_0"):
-            raise UserError(f"{place}: {name}: FLUX.1 Kontext learns one target per line.")
-
-
-def _row_controls(place: str, values: dict[str, Any]) -> tuple[Path, ...] | None:
-    """`control_path` or `control_path_N` by ascending N; an explicit null means that there is no reference."""
-    numbered = {}
-    for name, value in values.items():
-        match = re.fullmatch(r"control_path(?:_(\d+))?", name)
-        if match is None:
-            continue
-        if not isinstance(value, str | None) or value == "":
-            raise UserError(f"{place}: {name} must be a path, or null for an item without reference.")
-        numbered[int(match[1] or 0)] = value
-    if not numbered:
-        return None
-    return tuple(Path(value) for _, value in sorted(numbered.items()) if value is not None)
-
-
-def _check_all_have_controls(path: Path, rows: Sequence[_Row]) -> None:
-    silent = [row for row in rows if row.controls is None]
-    if silent and len(silent) < len(rows) and any(row.controls for row in rows):
-        lines = ", ".join(str(row.number) for row in silent[:5])
-        raise UserError(
-            f"{path}: no control_path in line {lines}{' and others' if len(silent) > 5 else ''}, while other lines "
-            "have one. Add it, or write null for an item without reference."
-        )

@@ -12,9 +12,10 @@ from typing import Literal
 from kontext.data.buckets import control_size, target_size
 from kontext.data.cache import Header, Kind, latents_path, read_header, text_path
 from kontext.data.config import Dataset, read_dataset_file
-from kontext.data.fingerprints import digest, is_unchanged
+from kontext.data.fingerprints import Stamp, digest, is_unchanged
 from kontext.data.images import Size, image_size
 from kontext.data.items import Item, Skips, list_items
+from kontext.data.masks import check_size
 from kontext.errors import UserError
 from kontext.model.latents import LATENT_FACTOR
 
@@ -96,14 +97,17 @@ def identity(dataset: Dataset) -> str:
 
 
 def _plan_item(item: Item, dataset: Dataset) -> Entry | str:
-    """The entry, or why there is none."""
+    """The entry, or why there is none. Raises UserError for a loss mask of another size than its target."""
     folder, rules = dataset.cache_folder, dataset.size_rules
     try:
         size = image_size(item.image)
         target = target_size(size, rules)
         references = tuple(control_size(image_size(path), target, rules) for path in item.controls)
+        mask_size = image_size(item.mask) if item.mask else size
     except UserError as error:
         return str(error)
+    if item.mask:
+        check_size(item.mask, mask_size, item.image, size)
     return Entry(
         item=item,
         dataset=identity(dataset),
@@ -152,10 +156,18 @@ def _latents_problem(entry: Entry, header: Header) -> str | None:
     if header.record is None:
         written = entry.latents.stat().st_mtime_ns
         newer = any(path.stat().st_mtime_ns > written for path in entry.sources)
-        return "picture newer than its cache" if newer else None
+        return "picture newer than its cache" if newer else _mask_problem(entry, None)
     stamps = header.record.sources
     same = len(stamps) == len(entry.sources) and all(map(is_unchanged, entry.sources, stamps))
-    return None if same else "picture edited"
+    return _mask_problem(entry, header.record.mask) if same else "picture edited"
+
+
+def _mask_problem(entry: Entry, stamp: Stamp | None) -> str | None:
+    """stamp: of the loss mask that is in the cache file, if one is."""
+    mask = entry.item.mask
+    if mask is None or stamp is None:
+        return None if mask is stamp is None else f"mask {'added' if mask else 'removed'}"
+    return None if is_unchanged(mask, stamp) else "mask edited"
 
 
 def _text_problem(entry: Entry, header: Header) -> str | None:

@@ -1,10 +1,11 @@
 """A contact sheet: what the model will see of each item, so that mixed-up pairs are seen before any training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from kontext.data.images import cover, read_picture
+from kontext.data.encode import jobs_of, load
 from kontext.data.plan import Entry
 from kontext.errors import UserError
 
@@ -16,9 +17,17 @@ INK, FAINT, MISSING = (20, 20, 20), (110, 110, 110), (200, 60, 60)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A picture of a card, None when it cannot be used, and what it is."""
+
+    role: str
+    picture: Image.Image | None
+
+
 def contact_sheet(entries: Sequence[Entry]) -> Image.Image:
-    """One card per entry: target, references, name and caption; pictures cropped as they will be encoded."""
-    cells = max(len(entry.sizes) for entry in entries)
+    """One card per entry: target, references, loss mask, name and caption; pictures cropped as they will be encoded."""
+    cells = max(len(entry.sizes) + (entry.item.mask is not None) for entry in entries)
     card = (cells * (CELL + GAP) + TEXT_WIDTH + GAP, CELL + LINE + GAP)
     columns = max(1, min(SHEET_WIDTH // card[0], len(entries)))
     rows = -(-len(entries) // columns)
@@ -32,16 +41,15 @@ def contact_sheet(entries: Sequence[Entry]) -> Image.Image:
 def _draw_card(sheet: Image.Image, corner: tuple[int, int], entry: Entry, cells: int) -> None:
     draw, font, small = ImageDraw.Draw(sheet), _font(14), _font(11)
     left, top = corner
-    for index, (path, size) in enumerate(zip(entry.sources, entry.sizes, strict=True)):
+    for index, cell in enumerate(_cells_of(entry)):
         x = left + index * (CELL + GAP)
-        role = "target" if index == 0 else f"reference {index}" if len(entry.sizes) > 2 else "reference"
-        try:
-            picture = ImageOps.contain(cover(read_picture(path).image, size), (CELL, CELL))
-        except UserError:
-            draw.text((x, top), f"{role}: cannot be read", MISSING, font=small)
-        else:
-            sheet.paste(picture, (x, top))
-            draw.text((x, top + picture.height + 2), f"{role} {size[0]}x{size[1]}", FAINT, font=small)
+        if cell.picture is None:
+            draw.text((x, top), f"{cell.role}: cannot be used", MISSING, font=small)
+            continue
+        picture = ImageOps.contain(cell.picture, (CELL, CELL))
+        sheet.paste(picture, (x, top))
+        size = f"{cell.picture.width}x{cell.picture.height}"
+        draw.text((x, top + picture.height + 2), f"{cell.role} {size}", FAINT, font=small)
     x = left + cells * (CELL + GAP)
     lines = [
         *_wrap(entry.item.image.name, small, 1),
@@ -49,6 +57,23 @@ def _draw_card(sheet: Image.Image, corner: tuple[int, int], entry: Entry, cells:
     ]
     for number, line in enumerate(lines):
         draw.text((x, top + number * LINE), line, INK if number else FAINT, font=font if number else small)
+
+
+def _cells_of(entry: Entry) -> Iterator[_Cell]:
+    """Target, references, and the loss mask last, as fine as it is in the cache."""
+    mask = None
+    for index, job in enumerate(jobs_of(entry)):
+        role = "target" if index == 0 else f"reference {index}" if len(entry.sizes) > 2 else "reference"
+        try:
+            loaded = load(job)
+        except UserError:
+            yield _Cell(role, None)
+            continue
+        yield _Cell(role, Image.fromarray(loaded.pixels.permute(1, 2, 0).numpy()))
+        mask = mask or loaded.mask
+    if mask is not None and mask.weights is not None:
+        grey = Image.fromarray((mask.weights[0] * 255).round().byte().numpy())
+        yield _Cell("loss mask", grey.resize(entry.target, Image.Resampling.NEAREST))
 
 
 def _font(size: int) -> Font:

@@ -63,6 +63,7 @@ def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
         references=tuple(move(reference) for reference in batch.references),
         txt=move(batch.txt),
         vector=move(batch.vector),
+        masks=None if batch.masks is None else move(batch.masks),
     )
 
 

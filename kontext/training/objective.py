@@ -26,11 +26,27 @@ class Objective:
         return levels(self.timesteps, example.u, (height // PATCH) * (width // PATCH))
 
     def losses(self, asked: Pass) -> Tensor:
-        """The loss (B,) of every item, float32: weighted mean square error of the velocity."""
+        """The loss (B,) of every item, float32: weighted mean square error of the velocity.
+
+        Each item's mean is over what its mask lets count; see `masked_mean`.
+        """
         batch, noise = asked.example.batch, asked.example.noise
         latents, t = batch.latents.float(), asked.t.to(batch.latents.device, non_blocking=True)
         denoiser = Denoiser(
             self.transformer, Conditioning(batch.txt, batch.vector, batch.references, self.guidance)
         )
         error = denoiser(mix(latents, noise, t), t, asked.modulations).float() - velocity(latents, noise)
-        return loss_weights(self.timesteps.weighting, t) * error.square().flatten(1).mean(1)
+        return loss_weights(self.timesteps.weighting, t) * masked_mean(error.square(), batch.masks)
+
+
+def masked_mean(values: Tensor, masks: Tensor | None) -> Tensor:
+    """sum(mask * value) / sum(mask), (B,), of each item's values (B, C, h, w); masks (B, 1, h, w), None: all ones.
+
+    So the loss is that of the part that counts, however small it is: an item with a mask weighs as much in a step as one
+    without, and a learning rate means the same for both. (The plain mean of mask * value, as sd-scripts takes it,
+    shrinks with the mask.)
+    """
+    if masks is None:
+        return values.flatten(1).mean(1)
+    weighted = (values * masks).flatten(1).sum(1)
+    return weighted / (values.shape[1] * masks.flatten(1).sum(1))

@@ -1,5 +1,6 @@
 """A training step against diffusers and peft: same weights, batch, noise and levels give the same gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from kontext.timesteps import Timesteps, loss_weights
 from kontext.training.ahead import Pass
 from kontext.training.feed import Example
 from kontext.training.network import Network, build
-from kontext.training.objective import Objective
+from kontext.training.objective import Objective, masked_mean
 from tests.tiny import CONTEXT_WIDTH, TEXT_LENGTH, VECTOR_WIDTH
 
 RANK, ALPHA = 4, 2
@@ -155,3 +156,46 @@ def test_the_model_is_told_the_level_of_the_mix(monkeypatch: pytest.MonkeyPatch)
     by_hand = torch.stack([target[i].square().mean() / t[i] ** 2 for i in range(2)])
     torch.testing.assert_close(losses, by_hand)  # each item has its own weight
     torch.testing.assert_close(loss_weights("sigma_sqrt", t), t**-2)
+
+
+def test_only_what_the_mask_shows_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's velocity gets no gradient outside, and inside that of the mean over the part that counts."""
+    predicted = torch.randn(2, 16, 8, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    class Fixed:
+        def __init__(self, *_: Any) -> None: ...
+
+        def __call__(self, x: Tensor, *_: Any) -> Tensor:
+            return predicted
+
+    monkeypatch.setattr("kontext.training.objective.Denoiser", Fixed)
+    masks = torch.ones(2, 1, 8, 6)
+    masks[0] = 0
+    masks[0, :, 2:5, 1:3], masks[0, :, 5, 1] = 1, 0.5
+    plain = example()
+    sample = replace(plain, batch=replace(plain.batch, masks=masks))
+    objective = Objective(None, Timesteps(), 1.0)  # type: ignore[arg-type]
+    losses = objective.losses(Pass(sample, objective.levels(sample)))
+
+    squares = (predicted - (plain.noise - plain.batch.latents)).square().detach()
+    counted = squares[0, :, 2:5, 1:3].sum() + 0.5 * squares[0, :, 5, 1].sum()
+    assert losses[0].item() == pytest.approx(counted.item() / (16 * 6.5), rel=1e-5)
+    assert losses[1].item() == pytest.approx(squares[1].mean().item(), rel=1e-5), "all of it counts"
+
+    losses.sum().backward()
+    gradient = predicted.grad
+    assert gradient is not None
+    assert (gradient[0][:, masks[0, 0] == 0] == 0).all() and (gradient[0][:, masks[0, 0] > 0] != 0).all()
+    error = (predicted - (plain.noise - plain.batch.latents)).detach()
+    torch.testing.assert_close(gradient[0, :, 3, 1], 2 * error[0, :, 3, 1] / (16 * 6.5))
+
+
+def test_masked_mean_by_hand() -> None:
+    values = torch.tensor([[[[1.0, 2.0]], [[3.0, 10.0]]]])  # two channels, two places
+    assert masked_mean(values, torch.tensor([[[[1.0, 0.0]]]])).tolist() == [2.0]
+    assert (
+        masked_mean(values, torch.tensor([[[[0.5, 0.5]]]])).tolist()
+        == masked_mean(values, None).tolist()
+        == [4.0]
+    )
+    assert masked_mean(values, torch.tensor([[[[0.75, 0.25]]]])).tolist() == [3.0]

@@ -1,10 +1,12 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kontext.data.batches import Batch
 from kontext.training.network import Network
 from kontext.training.plan import Plan
 from kontext.training.seeds import draw_noise
@@ -62,15 +64,43 @@ def test_the_loss_is_the_mean_over_items_and_levels_without_dropout() -> None:
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
+class HalfHidden(HeldOut):
+    """The same, of which only the left half counts."""
+
+    def load(self, epoch: int, index: int) -> Batch:
+        batch = super().load(epoch, index)
+        masks = torch.zeros_like(batch.latents[:, :1])
+        masks[..., : masks.shape[-1] // 2] = 1
+        return replace(batch, masks=masks)
+
+
+def test_masks_count_in_validation() -> None:
+    run = Run(steps=2).go()
+    judge = validation(run, [])
+    judge.held = Held(HalfHidden(), TWICE, Path("best"))
+    run.transformer.eval()
+    expected = []
+    for i in range(6):
+        latents, reference, txt, vector = (part[None] for part in HeldOut().item(i))
+        noise = draw_noise(tuple(latents.shape), "validation", f"item{i}")
+        for level in LEVELS:
+            x = (1 - level) * latents + level * noise
+            references = [reference] if i % 2 else []
+            expected.append(_error(run, x, noise - latents, level, txt, vector, references, width=4))
+    assert judge.loss() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
 def _error(
     run: Run, x: torch.Tensor, target: torch.Tensor, level: float, txt: torch.Tensor, vector: torch.Tensor,
-    references: Sequence[torch.Tensor],
+    references: Sequence[torch.Tensor], width: int | None = None,
 ) -> float:  # fmt: skip
+    """Over the first `width` columns."""
     from kontext.denoiser import Conditioning, Denoiser
 
     with torch.no_grad():
         denoiser = Denoiser(run.transformer, Conditioning(txt, vector, tuple(references), 1.0))
-        return (denoiser(x, torch.tensor([level])) - target).square().mean().item()
+        error = denoiser(x, torch.tensor([level])) - target
+        return error[..., :width].square().mean().item()
 
 
 @pytest.mark.parametrize("size", [1, 3])
