@@ -74,7 +74,7 @@ def _check_references(options: Generate) -> None:
         raise UserError("--restore-size and --grid work on pictures, not on --output-type latent.")
     if options.grid and not (options.control_image or options.from_file or options.interactive):
         raise UserError("--grid needs a reference (--control-image) to show beside the result.")
-    for name in ("restore_size", "mask", "grid", "strength", "images_per_prompt"):
+    for name in ("restore_size", "mask", "grid", "strength", "images_per_prompt", "preview"):
         if options.latent_path and getattr(options, name) != Generate.model_fields[name].default:
             raise UserError(f"{flag_name(name)} cannot be used with --latent-path, which only decodes.")
 
@@ -96,7 +96,7 @@ def _merge(options: Generate, out: Path) -> None:
 def _check_models(options: Generate) -> None:
     """Raise UserError for a missing or wrong file now, not after minutes of work with the other models."""
     kinds: dict[str, Kind] = {"dit": "transformer", "text_encoder1": "T5", "text_encoder2": "CLIP"}
-    if options.output_type != "latent":
+    if options.output_type != "latent" or options.preview:
         kinds["vae"] = "autoencoder"
     need(options, *kinds, because="to make a picture")
     for name, kind in kinds.items():
@@ -165,6 +165,7 @@ def _writer(options: Generate, loras: Loras) -> Writer:
         name=options.output_name,
         format=options.output_format,
         grid=options.grid,
+        preview=options.preview or 0,
         metadata=not options.no_metadata,
         common=common,
     )

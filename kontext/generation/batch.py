@@ -1,6 +1,6 @@
 """Many pictures, stage by stage: every large model is loaded once, and one bad item does not end the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -92,18 +92,42 @@ def _condition_all(kontext: Kontext, batch: Batch, framed: dict[int, Framed]) ->
     return conditioned
 
 
+class _Making:
+    """The items in the making: their names, given when first needed, and looks at them, if wanted."""
+
+    def __init__(
+        self, kontext: Kontext, batch: Batch, items: Mapping[int, Conditioned], writer: Writer
+    ) -> None:
+        self.requests = {number: item.framed.request for number, item in items.items()}
+        self.kontext, self.writer, self.count = kontext, writer, len(batch.requests)
+        self.stems: dict[int, str] = {}
+        if writer.preview:
+            kontext.colours()  # before the transformer takes the memory
+
+    @property
+    def steps(self) -> int:
+        return sum(request.steps - request.skipped_steps for request in self.requests.values())
+
+    def stem(self, number: int) -> str:
+        if number not in self.stems:
+            self.stems[number] = self.writer.stem(number, self.count, self.requests[number].seed)
+        return self.stems[number]
+
+    def look(self, number: int, step: int, latent: Tensor) -> None:
+        if self.writer.preview and (step + 1) % self.writer.preview == 0:
+            self.writer.save_look(self.stem(number), self.kontext.look(latent))
+
+
 def _denoise_all(
     kontext: Kontext, batch: Batch, conditioned: dict[int, Conditioned], writer: Writer
 ) -> dict[int, Finished]:
-    kontext.transformer_for(next(iter(conditioned.values())).framed.request)
-    asked = [item.framed.request for item in conditioned.values()]
-    steps = sum(request.steps - request.skipped_steps for request in asked)
-    with progress("Denoising", steps, unit="step") as bar:
-        together = Together(kontext, conditioned, count=len(batch.requests), bar=bar)
+    making = _Making(kontext, batch, conditioned, writer)
+    kontext.transformer_for(next(iter(making.requests.values())))
+    with progress("Denoising", making.steps, unit="step") as bar:
+        together = Together(kontext, conditioned, count=making.count, bar=bar, on_look=making.look)
 
         def denoise(number: int, item: Conditioned) -> Finished:
-            latent = together.latent(number)
-            stem = writer.stem(number, len(batch.requests), item.framed.request.seed)
+            latent, stem = together.latent(number), making.stem(number)
             settings = settings_of(item.framed.request, item.framed.width, item.framed.height)
             writer.save_latent(stem, latent, settings)
             return Finished(item.framed, latent, stem)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kontext.console import say
 from kontext.errors import UserError
-from kontext.files import save_tensors
+from kontext.files import atomic_write, save_tensors
 from kontext.generation.formats import FORMATS, save_picture
 from kontext.generation.references import at_height, open_references, side_by_side
 from kontext.generation.request import Request
@@ -118,7 +118,8 @@ class Writer:
 
     `name` fixes the stem, and files of earlier runs are replaced; without it the stem is `<time>_<seed>`, and no
     file is ever overwritten. `format` is an ending of formats.FORMATS. `grid` writes a second picture, of the references
-    and the result side by side. `common` are settings of the whole run (model, LoRA), to which each result adds its
+    and the result side by side. `preview` is the number of steps between looks at a picture in the making, 0 for none;
+    a look is replaced by the next one, and removed when its picture is saved. `common` are settings of the whole run (model, LoRA), to which each result adds its
     own; `metadata` False leaves all out.
     """
 
@@ -131,11 +132,12 @@ class Writer:
         name: str | None = None,
         format: str = "png",
         grid: bool = False,
+        preview: int = 0,
         metadata: bool = True,
         common: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.name = folder, name
-        self.format, self.grid = format, grid
+        self.format, self.grid, self.preview = format, grid, preview
         self.pictures, self.latents = pictures, latents
         self.metadata, self.common = metadata, dict(common or {})
         self._used: set[str] = set()
@@ -175,7 +177,16 @@ class Writer:
         if self.pictures:
             path = self.folder / f"{stem}.{self.format}"
             save_picture(path, picture, self._kept(settings))
+            self._look_of(stem).unlink(missing_ok=True)
             say(f"{path}  {picture.width}x{picture.height}, seed {settings.get('seeds', 'unknown')}")
+
+    def save_look(self, stem: str, look: Image.Image) -> None:
+        """Write a look at a picture in the making, in place of an earlier one."""
+        with atomic_write(self._look_of(stem)) as temporary:
+            look.save(temporary, format="PNG", compress_level=1)
+
+    def _look_of(self, stem: str) -> Path:
+        return self.folder / f"{stem}_preview.png"
 
     def save_grid(self, stem: str, picture: Image.Image, request: Request) -> None:
         """Write references | result, all at the result's height, if that is wanted and there are references."""

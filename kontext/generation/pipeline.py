@@ -16,6 +16,7 @@ from kontext.data.images import Size, to_image, to_tensor
 from kontext.denoiser import Conditioning
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
+from kontext.generation.colours import Colours, fit_colours
 from kontext.generation.cut import say_cut
 from kontext.generation.denoising import OnStep, check_finite, denoise
 from kontext.generation.inpaint import Canvas, check_canvas, latent_area, open_mask, paste
@@ -32,6 +33,7 @@ from kontext.generation.references import Opened, at_size, open_references, prep
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
 from kontext.generation.stages import Conditioned, Framed, Text
+from kontext.model.latents import LATENT_FACTOR
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
 
@@ -50,6 +52,7 @@ class Kontext:
         self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
         self.transformer = Part(lambda: self._load_transformer(files))
         self._texts: dict[str, Text] = {}
+        self._colours: Colours | None = None
 
     @classmethod
     def load(
@@ -216,6 +219,16 @@ class Kontext:
             return picture
         first = open_references(request)[0]
         return paste(restore(picture, first) if request.restore_size else picture, first, request)
+
+    def look(self, latent: Tensor) -> Image.Image:
+        """About what a latent (1, C, h, w) decodes to, for next to nothing."""
+        return self.colours().picture(latent, LATENT_FACTOR)
+
+    def colours(self) -> Colours:
+        """The colours of latents, learned from the autoencoder once."""
+        if self._colours is None:
+            self._colours = fit_colours(self.autoencoder())
+        return self._colours
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Image.Image:

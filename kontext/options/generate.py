@@ -123,6 +123,13 @@ class Output(Options):
     grid: bool = option(
         "Also write a picture of references and result side by side, as <name>_grid.", default=False
     )
+    preview: int | None = option(
+        "Look at a picture in the making: every so many steps, a rough colour picture of where it is going is written "
+        "as <name>_preview.png. The finished picture takes its place; after an interrupt, or where only latents are "
+        "saved, it stays.",
+        default=None,
+        ge=1,
+    )
     no_metadata: bool = option("Keep prompt and settings out of the files.", default=False)
 
 

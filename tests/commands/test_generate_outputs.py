@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from kontext.generation.formats import read_settings, save_picture
+from kontext.generation.outputs import Writer
 
 
 @pytest.fixture
@@ -87,3 +88,24 @@ def test_a_grid_shows_reference_and_result(generate, tmp_path, photo):
 def test_a_grid_needs_a_reference(generate):
     code, said = generate("--prompt", "x", "--grid")
     assert code == 2 and "--grid needs a reference" in said
+
+
+def test_looks_while_a_picture_is_made(generate, tmp_path, monkeypatch):
+    seen = []
+    save = Writer.save_look
+
+    def saved(self, stem, look):
+        save(self, stem, look)
+        with Image.open(self.folder / f"{stem}_preview.png") as written:
+            seen.append((stem, written.size, np.array(written).std() > 0))
+
+    monkeypatch.setattr(Writer, "save_look", saved)
+    options = ("--prompt", "red", "--seed", 1, "--infer-steps", 5, "--preview", 2)
+    code, _ = generate(*options, "--output-name", "x", "--images-per-prompt", 2)
+    assert code == 0 and seen == [(f"x_00{n}", (64, 64), True) for _ in range(2) for n in (1, 2)]
+    assert files(tmp_path / "out") == ["x_001.png", "x_002.png"]
+    latent_only = tmp_path / "latent"
+    code, _ = generate(*options, "--output-name", "y", "--output-type", "latent", out=latent_only)
+    assert code == 0 and files(latent_only) == ["y.safetensors", "y_preview.png"]
+    code, said = generate(*options, "--output-type", "latent", vae=None)
+    assert code == 2 and "--vae must be given" in said
