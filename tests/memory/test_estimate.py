@@ -12,11 +12,8 @@ from kontext.memory.estimate import (
     Work,
     activations,
     decoding_picture,
-    denoising,
     encoding_picture,
-    training,
 )
-from kontext.memory.placement import Placement
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.weights import weights_of
 from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
