@@ -34,6 +34,14 @@ class SaveRules:
     with_state: bool = False
     state_at_end: bool = False
 
+    def at_epoch(self, step: int, plan: Plan) -> bool:
+        """Whether step `step` (counted from 0) ends an epoch that is saved; the last step of the run does not."""
+        every, epoch = self.every_epochs, plan.epoch(step) + 1
+        return bool(every) and plan.ends_epoch(step) and epoch % every == 0 and step + 1 < plan.steps
+
+    def at_step(self, step: int) -> bool:
+        return bool(self.every_steps) and (step + 1) % self.every_steps == 0
+
 
 class Saver:
     """Listens to the loop and saves when it is due. In a team only the leading process has one."""
@@ -61,12 +69,10 @@ class Saver:
         return self._epoch_due(step) or self._step_due(step)
 
     def _epoch_due(self, step: int) -> bool:
-        every, epoch = self.rules.every_epochs, self.plan.epoch(step) + 1
-        last = step + 1 == self.plan.steps
-        return bool(every) and self.plan.ends_epoch(step) and epoch % every == 0 and not last
+        return self.rules.at_epoch(step, self.plan)
 
     def _step_due(self, step: int) -> bool:
-        return bool(self.rules.every_steps) and (step + 1) % self.rules.every_steps == 0
+        return self.rules.at_step(step)
 
     def __call__(self, outcome: Outcome) -> None:
         done, epoch = outcome.step + 1, self.plan.epoch(outcome.step) + 1
