@@ -20,13 +20,13 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on leaving, flush it to disk and rename it to `path`.
 
     Missing parent folders are made. When the body fails, the temporary file is removed and an older
-    file at `path` is untouched. The temporary name ends in `.tmp`, so a writer that goes by the
-    extension (PIL) must be told its format.
+    file at `path` is untouched. The temporary name is `.<name of path>.<more>.tmp`, so a writer that goes by the
+    extension (PIL) must be told its format. A process that is killed leaves it behind.
 
     Raises UserError for anything the file system refuses: no permission, a full disk, a folder at `path`.
     """
     path = Path(path)
-    temporary = path.parent / f".kontext-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = path.with_name(f".{_shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         if path.is_dir():
             raise UserError(f"Cannot write {path}: it is a folder. Give the name of a file.")
@@ -69,6 +69,11 @@ def _sort_metadata(path: Path) -> None:
         assert len(text) <= length, "the same content, written as compactly"
         file.seek(8)
         file.write(text.ljust(length))
+
+
+def _shortened(name: str) -> str:
+    """`name`, or as much of it as leaves room for more: file systems allow 255 bytes."""
+    return name.encode()[:200].decode(errors="ignore")
 
 
 def _flush(path: Path) -> None:

@@ -85,7 +85,7 @@ def run(options: Train) -> None:
         rules=values.rules(options),
         settings=settings,
         average=average,
-        write_adapter=train_average.both(export, average),
+        adapter=train_average.both(export, average),
         weights=weights,
         previews=drawn if samples else None,
         held=held,

@@ -9,6 +9,7 @@ from kontext.options.train import Train
 from kontext.training.average import Average, beside
 from kontext.training.export import Export
 from kontext.training.loop import Updates
+from kontext.training.writer import Job
 
 
 def average(options: Train, updates: Updates) -> Average | None:
@@ -23,15 +24,20 @@ def average(options: Train, updates: Updates) -> Average | None:
     return Average(updates.parameters, options.ema_decay)
 
 
-def both(export: Export, average: Average | None) -> Callable[[Path, int], None]:
-    """What writes the adapter, and the average beside it if there is one."""
+def both(export: Export, average: Average | None) -> Callable[[Path, int], Job]:
+    """What copies the adapter, and the average beside it if there is one, for a job that writes them."""
     if average is None:
         return export
     fields = {**export.fields, "ss_ema_decay": str(average.decay)}
     averaged = replace(export, fields=fields, weights=average.weights)
 
-    def write(path: Path, done: int) -> None:
-        export(path, done)
-        averaged(beside(path), done)
+    def copy(path: Path, done: int) -> Job:
+        jobs = export(path, done), averaged(beside(path), done)
 
-    return write
+        def write() -> None:
+            for job in jobs:
+                job()
+
+        return write
+
+    return copy

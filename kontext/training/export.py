@@ -1,12 +1,14 @@
-"""Writing the adapter with all that is known about it."""
+"""Writing the adapter with all that is known about it, while training goes on."""
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kontext import console
 from kontext.files import save_tensors
@@ -14,6 +16,7 @@ from kontext.lora.files import kohya_tensors
 from kontext.lora.linear import AdapterLinear
 from kontext.training.metadata import Facts, at_save, hashes, network_fields
 from kontext.training.plan import Plan
+from kontext.training.writer import Job
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,18 @@ class Export:
     plan: Plan
     weights: Callable[[], AbstractContextManager[None]]
 
-    def __call__(self, path: Path, done: int) -> None:
-        """Writes the adapter as it is after `done` steps."""
+    def __call__(self, path: Path, done: int) -> Job:
+        """Copies the adapter as it is after `done` steps; the job writes it."""
         with self.weights():
             tensors = kohya_tensors(self.modules, self.dtype)
         epoch = self.plan.epoch(done - 1) + 1
         fields = {**self.fields, **at_save(self.facts, step=done, epoch=epoch, now=time.time())}
         kept = network_fields(fields) if self.brief else fields
-        save_tensors(path, tensors, {**kept, **self.spec, **hashes(tensors, kept)})
-        console.say(f"Saved {path}")
+        return partial(_write, path, tensors, kept, self.spec)
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, str], spec: Mapping[str, str]
+) -> None:
+    save_tensors(path, tensors, {**fields, **spec, **hashes(tensors, fields)})
+    console.say(f"Saved {path}")

@@ -42,6 +42,14 @@ class Names:
         pattern = re.compile(re.escape(self.stem) + r"(-\d{6,}|-step\d{8,})?" + STATE)
         return (path for path in self._listing() if pattern.fullmatch(path.name))
 
+    def unfinished(self) -> list[Path]:
+        """What killed runs of this name have left of files they were writing."""
+        pattern = re.compile(
+            r"\." + re.escape(self.stem) + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?\.(safetensors|html|history)\..*tmp"
+        )
+        own = [path for path in self._listing() if pattern.fullmatch(path.name)]
+        return own + [path for state in self.states() if state.is_dir() for path in state.glob(".*.tmp")]
+
     def _numbered(self, pattern: str, ending: str) -> dict[int, Path]:
         full = re.compile(re.escape(self.stem) + pattern + re.escape(ending))
         found = ((full.fullmatch(path.name), path) for path in self._listing())

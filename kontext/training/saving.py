@@ -10,6 +10,7 @@ from kontext.training.average import ENDING as AVERAGE
 from kontext.training.loop import Outcome
 from kontext.training.names import ADAPTER, STATE, Names
 from kontext.training.plan import Plan
+from kontext.training.writer import Job
 
 Write = Callable[[Path, int], None]
 """Called with the path to write and the number of steps that are done."""
@@ -54,14 +55,16 @@ class Saver:
         *,
         write_adapter: Write,
         write_state: Write,
+        later: Callable[[Job], None],
         last_state: Path | None = None,
     ) -> None:
-        """last_state: the one that the run came from."""
+        """later: does a job when all that was to be written before is written. last_state: the one that the run came from."""
         self.names = names
         self.rules = rules
         self.plan = plan
         self.write_adapter = write_adapter
         self.write_state = write_state
+        self.later = later
         self.last_state = last_state
 
     def due(self, step: int) -> bool:
@@ -85,6 +88,20 @@ class Saver:
             self.save_state(
                 self.names.at_epoch(epoch, STATE) if by_epoch else self.names.at_step(done, STATE), done
             )
+        if by_step or by_epoch:
+            self.later(lambda: self._delete_old(done))
+
+    def tidy(self, done: int) -> None:
+        """Does what a run that was killed after `done` steps has not come to: deletes what is unfinished or too old."""
+        for path in self.names.unfinished():
+            path.unlink(missing_ok=True)
+        if done:
+            self._delete_old(done)
+
+    def _delete_old(self, done: int) -> None:
+        """Deletes what the rules do not keep after `done` steps."""
+        epoch = self.plan.epoch(done - 1) + 1
+        by_step, by_epoch = self._step_due(done - 1), self._epoch_due(done - 1)
         adapters, states = self.rules.adapters, self.rules.states
         for ending, keep in ((ADAPTER, adapters), (AVERAGE, adapters), (STATE, states)):
             if by_step and keep.steps:
@@ -115,4 +132,4 @@ def _delete_below(numbered: Mapping[int, Path], oldest: int) -> None:
     """Deletes the files and folders with a number below `oldest`."""
     for number, path in numbered.items():
         if number < oldest:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from kontext.training.saving import Saver, SaveRules
 from kontext.training.state import Progress, load_state, save_state
 from kontext.training.team import Team
 from kontext.training.validation import Held, Validation
+from kontext.training.writer import Job, Writer
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Start:
 class Session:
     """Everything that a run is made of.
 
-    settings: what a run that goes on from its states must have in common with it; write_adapter: as in Saver.
-    held: what is validated with; weights: as in Validation.
+    settings: what a run that goes on from its states must have in common with it; adapter: called with a path and the
+    steps done, copies the weights for a job that writes them; held: what is validated with; weights: as in Validation.
     """
 
     team: Team
@@ -58,7 +59,7 @@ class Session:
     rules: SaveRules
     settings: Mapping[str, Any]
     average: Average | None
-    write_adapter: Callable[[Path, int], None]
+    adapter: Callable[[Path, int], Job]
     weights: Callable[[], AbstractContextManager[None]]
     previews: Previews | None
     held: Held | None
@@ -71,15 +72,16 @@ class Session:
         Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved if states are wanted; UserError when
         the loss is no number.
         """
-        with self.journal:
-            self._run()
+        with self.journal, Interrupts() as interrupts, Writer() as writer:
+            saver = self._run(interrupts, writer)
+            if self.team.leads:
+                saver.finish()
+                writer.wait()
+        self.team.finish()
 
-    def _run(self) -> None:
+    def _run(self, interrupts: Interrupts, writer: Writer) -> Saver:
         plan, first = self.examples.plan, self.start.progress.step
-        with (
-            Interrupts() as interrupts,
-            console.progress("train", plan.steps, unit="step", done=first) as progress,
-        ):
+        with console.progress("train", plan.steps, unit="step", done=first) as progress:
             monitor = Monitor(
                 plan,
                 self.team,
@@ -90,21 +92,21 @@ class Session:
                 notes=self.start.progress.notes,
                 scaled=self.updates.scaler.is_enabled(),
             )
-            validation = self._validation(monitor)
-            saver = self._saver(monitor, validation)
+            validation = self._validation(monitor, writer)
+            saver = self._saver(monitor, validation, writer)
+            if self.team.leads:
+                saver.tidy(first)
             if first == 0 and self._previews and self._previews.rhythm.at_first:
                 self._previews.draw(f"{0:06d}", 0)
-            self._train(self._listeners(interrupts, monitor, validation, saver))
+            self._train(self._listeners(interrupts, monitor, validation, saver, writer))
             monitor.flush()
-        if self.team.leads:
-            saver.finish()
-        self.team.finish()
+        return saver
 
     @property
     def _previews(self) -> Previews | None:
         return self.previews if self.team.leads else None
 
-    def _validation(self, monitor: Monitor) -> Validation | None:
+    def _validation(self, monitor: Monitor, writer: Writer) -> Validation | None:
         def tell(done: int, loss: float) -> None:
             monitor.validated(done, loss)
             self.journal.validation(done, loss)
@@ -115,13 +117,14 @@ class Session:
             plan=self.examples.plan,
             team=self.team,
             weights=self.weights,
-            write_adapter=self.write_adapter,
+            write_adapter=lambda path, done: writer.submit(self.adapter(path, done)),
             tell=tell,
             best=self.start.progress.best,
         )
 
-    def _saver(self, monitor: Monitor, validation: Validation | None) -> Saver:
+    def _saver(self, monitor: Monitor, validation: Validation | None, writer: Writer) -> Saver:
         def write_state(folder: Path, done: int) -> None:
+            writer.wait()  # a state says that all that was to be written before it is there
             best = validation.best if validation else self.start.progress.best
             progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes, best)
             parameters, optimizer = self.updates.parameters, self.updates.optimizer
@@ -132,13 +135,19 @@ class Session:
             self.names,
             self.rules,
             self.examples.plan,
-            write_adapter=self.write_adapter,
+            write_adapter=lambda path, done: writer.submit(self.adapter(path, done)),
             write_state=write_state,
+            later=writer.submit,
             last_state=self.start.folder,
         )
 
     def _listeners(
-        self, interrupts: Interrupts, monitor: Monitor, validation: Validation | None, saver: Saver
+        self,
+        interrupts: Interrupts,
+        monitor: Monitor,
+        validation: Validation | None,
+        saver: Saver,
+        writer: Writer,
     ) -> list[Listener]:
         """In this order: what a loss that is no number stops must not have been saved, and states know the best loss."""
 
@@ -160,6 +169,7 @@ class Session:
         saving = [saver] if self.team.leads else []
         averaging = [self.average] if self.average else []
         return [
+            lambda outcome: writer.check(),
             monitor,
             *averaging,
             *validating,

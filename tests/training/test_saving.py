@@ -22,7 +22,10 @@ def go(folder: Path, rules: SaveRules) -> Saver:
         path.mkdir(exist_ok=True)
         (path / "state").write_text(str(done))
 
-    saver = Saver(names, rules, PLAN, write_adapter=lambda path, done: path.touch(), write_state=write_state)
+    saver = Saver(
+        names, rules, PLAN, write_adapter=lambda path, done: path.touch(), write_state=write_state,
+        later=lambda job: job(),
+    )  # fmt: skip
     for step in range(PLAN.steps):
         saver(outcome(step))
     saver.finish()
@@ -72,7 +75,7 @@ def test_an_interrupt_saves_a_state_if_wanted(tmp_path: Path, rules: SaveRules) 
     written = []
     saver = Saver(
         Names(tmp_path, "a"), rules, PLAN, write_adapter=lambda path, done: None,
-        write_state=lambda path, done: written.append((path.name, done)),
+        write_state=lambda path, done: written.append((path.name, done)), later=lambda job: job(),
     )  # fmt: skip
     saver.interrupted(7)
     assert written == ([] if rules == SaveRules() else [("a-step00000007-state", 7)])
