@@ -45,7 +45,9 @@ class Names:
     def unfinished(self) -> list[Path]:
         """What killed runs of this name have left of files they were writing."""
         pattern = re.compile(
-            r"\." + re.escape(self.stem) + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?\.(safetensors|html|history)\..*tmp"
+            r"\."
+            + re.escape(self.stem)
+            + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?\.(safetensors|html|history)\..*tmp"
         )
         own = [path for path in self._listing() if pattern.fullmatch(path.name)]
         return own + [path for state in self.states() if state.is_dir() for path in state.glob(".*.tmp")]

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kontext import console
 from kontext.errors import UserError
 from kontext.training.arguments import Value
 
@@ -29,7 +28,6 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Value]]] = {
     "sgd": ("torch.optim.SGD", {}),
 }
 PACKAGES = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigyopt", "schedulefree": "schedulefree"}
-LEAST_PRODIGY_RATE = 0.1
 
 
 def class_of(name: str) -> tuple[type[Optimizer], dict[str, Value]]:
@@ -59,18 +57,19 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer `name` over parameter groups that hold `params` and `lr`.
 
-    Raises UserError for arguments that the class does not know or accept.
+    Raises UserError for arguments that the class does not know or accept, and for Prodigy with several rates.
     """
     optimizer, own = class_of(name)
+    if optimizer.__name__ == "Prodigy" and len({group["lr"] for group in groups}) > 1:
+        raise UserError(
+            "--optimizer-type prodigy finds one learning rate for all: leave out loraplus_lr_ratio and lr_patterns of "
+            "--network-args, or take another optimizer."
+        )
     try:
         made = optimizer([dict(group) for group in groups], **{**own, **arguments})
     except (TypeError, ValueError) as error:
         known = [key for key in inspect.signature(optimizer).parameters if key != "params"]
         raise UserError(f"--optimizer-args: {error}. {name} takes {', '.join(known)}.") from error
-    if optimizer.__name__ == "Prodigy" and made.param_groups[0]["lr"] < LEAST_PRODIGY_RATE:
-        console.notice(
-            "Prodigy finds the learning rate itself and multiplies it with --learning-rate: give 1."
-        )
     if hasattr(made, "train"):
         made.train()
     return made

@@ -191,6 +191,21 @@ def test_an_average_is_saved_beside_and_changes_nothing(cached: Cached, made: Pa
     assert metadata(tmp_path / "edit-ema.safetensors")["ss_ema_decay"] == "0.3"
 
 
+def test_a_schedule_free_run_saves_its_average(cached: Cached, tmp_path: Path) -> None:
+    """x = (y - (1 - beta) z) / beta, with y and z in the state."""
+    assert train(cached, tmp_path, "--max-train-steps 4 --optimizer-type adamwschedulefree --save-state") == 0
+    adapter, state = (
+        load_file(tmp_path / name) for name in ("edit.safetensors", "edit-state/state.safetensors")
+    )
+    others = [value for name, value in state.items() if name.endswith(".z")]
+    for name in (name for name in state if name.startswith("adapter.")):
+        module, part = name.removeprefix("adapter.").split(".lora_")
+        saved, y = adapter[f"lora_unet_{module.replace('.', '_')}.lora_{part}"], state[name]
+        averages = [(y - 0.1 * z) / 0.9 for z in others if z.shape == y.shape]
+        assert sum(torch.allclose(saved, average, rtol=1e-4, atol=1e-7) for average in averages) == 1
+        assert not torch.allclose(saved, y, rtol=1e-4, atol=1e-7)
+
+
 def test_noise_levels_are_shown_and_nothing_is_trained(
     cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

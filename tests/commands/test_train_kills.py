@@ -71,7 +71,7 @@ def test_a_run_killed_at_random_ends_as_if_it_had_not_been(
 ) -> None:
     seed = random.randrange(1000)
     print("seed", seed)
-    kill_often(killer, cached, tmp_path, name, kills=3, seed=seed)
+    kill_often(killer, cached, tmp_path, name, kills=2, seed=seed)
 
 
 @pytest.mark.slow

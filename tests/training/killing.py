@@ -1,4 +1,4 @@
-"""Runs of `kontext` that end by SIGKILL, half a second each: `python -m tests.training.killing`.
+"""Runs of `kontext` that end by SIGKILL, a second each: `python -m tests.training.killing`.
 
 A process that has imported everything, and started no thread, forks a child for each line on its standard input
 (JSON: words of the command line, folder, kill) and answers with a line (code, seconds, events). `kill` is null, or
@@ -112,6 +112,7 @@ def _serve() -> None:
     import bitsandbytes  # noqa: F401  # what runs would import, once
     import prodigyopt  # noqa: F401
     import schedulefree  # noqa: F401
+    import transformers.optimization  # noqa: F401
 
     import kontext.commands.train  # noqa: F401
 

@@ -19,6 +19,8 @@ RESUMED = {
     "stratified": {"buckets": 5},
     "lion8bit": {"optimizer": "lion8bit", "network": Network(rank=64, alpha=64), "rate": 1e-3},
     "adafactor": {"optimizer": "adafactor"},
+    "prodigy": {"optimizer": "prodigy", "rate": 1.0, "schedule": "cosine"},
+    "schedule-free": {"optimizer": "adamwschedulefree", "network": DROPPING},
     **{
         kind: {
             "network": Network(rank=4, alpha=2, kind=kind, dropout=0.1, rank_dropout=0.1, module_dropout=0.1)

@@ -1,11 +1,14 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from kontext.errors import UserError
 from kontext.training.arguments import parse_arguments
-from kontext.training.network import groups_of, network_of
+from kontext.training.network import Network, groups_of, network_of
 from kontext.training.optimizers import class_of, evaluation_weights, make_optimizer
+from tests.training.world import Run
 
 
 def groups() -> list[dict]:
@@ -56,7 +59,6 @@ def test_names() -> None:
         ("torch.optim.Nothing", "cannot be imported"),
         ("no_such_package.Thing", "cannot be imported"),
         ("torch.nn.Linear", "not a torch optimizer"),
-        ("prodigy", "pip install prodigyopt"),
     ],
 )
 def test_unknown_names_are_refused(name: str, words: str) -> None:
@@ -64,9 +66,47 @@ def test_unknown_names_are_refused(name: str, words: str) -> None:
         class_of(name)
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(UserError, match="pip install prodigyopt"):
+        class_of("prodigy")
+
+
 def test_unknown_arguments_are_refused_with_those_known() -> None:
     with pytest.raises(UserError, match="weight_decay"):
         make_optimizer("adamw", groups(), arguments={"weight_decoy": 1})
+
+
+@pytest.mark.parametrize(("name", "rate"), [("prodigy", 1.0), ("adamwschedulefree", 2e-2)])
+def test_optimizers_of_other_packages_train(name: str, rate: float) -> None:
+    run = Run(steps=150, items=2, optimizer=name, rate=rate, network=Network(rank=16, alpha=16)).go()
+    assert sum(run.losses[-20:]) / 20 < 0.5 * run.losses[0]
+
+
+def test_prodigy_finds_a_rate() -> None:
+    run = Run(steps=60, items=2, optimizer="prodigy", rate=1.0).go()
+    assert run.optimizer.param_groups[0]["d"] > 100 * run.optimizer.param_groups[0]["d0"]
+
+
+def test_prodigy_with_several_rates_is_refused() -> None:
+    several = [*groups(), {"params": [nn.Parameter(torch.ones(3))], "lr": 0.2}]
+    with pytest.raises(UserError, match="one learning rate for all"):
+        make_optimizer("prodigy", several, arguments={})
+
+
+def test_a_schedule_free_average_is_what_is_used() -> None:
+    """x = (y - (1 - beta) z) / beta, by the paper's y = (1 - beta) z + beta x (Defazio et al. 2024); y is trained."""
+    run = Run(steps=9, optimizer="adamwschedulefree", rate=1e-2).go()
+    trained = run.weights()
+    expected = {
+        name: (trained[name] - 0.1 * run.optimizer.state[parameter]["z"]) / 0.9
+        for name, parameter in run.parameters.items()
+    }
+    with evaluation_weights(run.optimizer, list(run.parameters.values())):
+        for name, value in run.weights().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(value, trained[name]) for name, value in run.weights().items())
+    assert any(not torch.allclose(expected[name], trained[name]) for name in trained)
 
 
 class TwoFaced(torch.optim.SGD):

@@ -1,7 +1,14 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 from PIL import Image
 
+from kontext.generation.request import Request
+from kontext.training.optimizers import evaluation_weights
 from kontext.training.plan import Plan
-from kontext.training.previews import GAP, Rhythm, grid
+from kontext.training.previews import GAP, Previews, Rhythm, Sample, grid
+from tests.training.world import Run
 
 PLAN = Plan(batches=4, accumulation=1, processes=1, steps=12)
 
@@ -31,3 +38,25 @@ def test_grid_puts_references_before_the_sample() -> None:
     assert sheet.getpixel((GAP + 40 + GAP + 5, GAP + 10)) == (0, 255, 0)
     assert sheet.getpixel((GAP + 10, GAP + cell + GAP + 10)) == (0, 0, 255)
     assert sheet.getpixel((GAP + 40 + 2, GAP + 10)) == (255, 255, 255)
+
+
+def test_a_schedule_free_run_is_sampled_with_its_average(tmp_path: Path) -> None:
+    run = Run(steps=4, optimizer="adamwschedulefree").go()
+    parameters = list(run.parameters.values())
+    drawn_with: list[dict[str, torch.Tensor]] = []
+    request = Request("", seed=1)
+    sample = Sample(SimpleNamespace(framed=SimpleNamespace(request=request, width=16, height=16)), ())
+    kontext = SimpleNamespace(
+        transformer=lambda: run.transformer, denoise=lambda conditioned: drawn_with.append(run.weights()),
+        autoencoder=lambda: torch.nn.Identity(), decode=lambda latent: Image.new("RGB", (16, 16)),
+        runtime=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    Previews(
+        kontext, [sample], plan=PLAN, rhythm=Rhythm(), weights=lambda: evaluation_weights(run.optimizer, parameters),
+        folder=tmp_path, name="a", drawn=lambda *_: None,
+    ).draw("000004", 4)  # fmt: skip
+    with evaluation_weights(run.optimizer, parameters):
+        expected = run.weights()
+    (found,) = drawn_with
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not all(torch.equal(found[name], value) for name, value in run.weights().items())

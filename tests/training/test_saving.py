@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kontext.files import atomic_write
 from kontext.training.loop import Outcome
 from kontext.training.names import STATE, Names
 from kontext.training.plan import Plan
@@ -79,3 +80,24 @@ def test_an_interrupt_saves_a_state_if_wanted(tmp_path: Path, rules: SaveRules) 
     )  # fmt: skip
     saver.interrupted(7)
     assert written == ([] if rules == SaveRules() else [("a-step00000007-state", 7)])
+
+
+def test_what_a_killed_run_has_left_is_cleared_up(tmp_path: Path) -> None:
+    """A file that it was writing, in a state too, and old files that it had not come to delete; nothing of others."""
+    rules = SaveRules(every_steps=2, with_state=True, adapters=Keep(steps=2), states=Keep(steps=2))
+    saver = go(tmp_path, rules)
+    expected = names(tmp_path)
+    for number in (4, 6):
+        (tmp_path / f"a-step{number:08d}.safetensors").touch()
+        (tmp_path / f"a-step{number:08d}-state").mkdir()
+    (tmp_path / ".b.safetensors.1-0.tmp").touch()
+    (tmp_path / ".a-2.safetensors.1-0.tmp").touch()
+    for target in ("a-step00000012.safetensors", "a-best.safetensors", "a-state/state.safetensors", "a.html"):
+        with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / target) as temporary:
+            temporary.touch()
+            kept = temporary.rename(temporary.with_suffix(".kept"))
+            raise KeyboardInterrupt
+        kept.rename(kept.with_suffix(".tmp"))
+    saver.tidy(12)
+    assert names(tmp_path) == sorted([*expected, ".a-2.safetensors.1-0.tmp", ".b.safetensors.1-0.tmp"])
+    assert [path.name for path in (tmp_path / "a-state").iterdir()] == ["state"]
