@@ -18,15 +18,25 @@ def load_autoencoder(path: Path | str, *, device: torch.device | str, dtype: tor
     Raises UserError when the file is not a complete FLUX autoencoder.
     """
     source = open_source(path, "autoencoder")
-    found = _bfl_names(source)
-    config = _config(source, found)
-    with torch.device("meta"):
-        model = Autoencoder(config)
-    origins = {name: found.get(name, Origin((name,))) for name in model.state_dict()}
-    check(source, model, origins)
+    model, origins = _empty(source)
     fill(model, source, origins, device=device, dtype=lambda _: dtype)
     # Convolutions run up to 1.7 times as fast on channels that lie together.
     return model.to(memory_format=torch.channels_last)
+
+
+def empty_autoencoder(path: Path | str) -> Autoencoder:
+    """The autoencoder of a file on the meta device: complete, but for its numbers. Raises UserError as loading does."""
+    return _empty(open_source(path, "autoencoder"))[0]
+
+
+def _empty(source: Source) -> tuple[Autoencoder, dict[str, Origin]]:
+    """The model, and where its tensors are in the file, which has all of them."""
+    found = _bfl_names(source)
+    with torch.device("meta"):
+        model = Autoencoder(_config(source, found))
+    origins = {name: found.get(name, Origin((name,))) for name in model.state_dict()}
+    check(source, model, origins)
+    return model, origins
 
 
 def _bfl_names(source: Source) -> dict[str, Origin]:

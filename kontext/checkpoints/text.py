@@ -48,17 +48,8 @@ def load_t5(
 
     Raises UserError when the file is not a complete T5 v1.1 encoder.
     """
-    from transformers import T5EncoderModel
-
     source = open_source(path, "T5")
-    with torch.device("meta"):
-        model = T5EncoderModel(_t5_config(source))
-    embedding = Origin((_t5_embedding(source),))
-    origins = {
-        name: embedding if name in ("shared.weight", "encoder.embed_tokens.weight") else Origin((name,))
-        for name in model.state_dict()
-    }
-    check(source, model, origins, _T5_EXTRA)
+    model, origins = _empty_t5(source)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
     def dtype_of(name: str) -> torch.dtype:
@@ -71,6 +62,26 @@ def load_t5(
         for block in model.encoder.block:
             block.layer[1].DenseReluDense.wo = Unasked(block.layer[1].DenseReluDense.wo)
     return model
+
+
+def empty_t5(path: Path | str) -> T5EncoderModel:
+    """T5's encoder on the meta device: complete, but for its numbers. Raises UserError as loading does."""
+    return _empty_t5(open_source(path, "T5"))[0]
+
+
+def _empty_t5(source: Source) -> tuple[T5EncoderModel, dict[str, Origin]]:
+    """The model, and where its tensors are in the file, which has all of them."""
+    from transformers import T5EncoderModel
+
+    with torch.device("meta"):
+        model = T5EncoderModel(_t5_config(source))
+    embedding = Origin((_t5_embedding(source),))
+    origins = {
+        name: embedding if name in ("shared.weight", "encoder.embed_tokens.weight") else Origin((name,))
+        for name in model.state_dict()
+    }
+    check(source, model, origins, _T5_EXTRA)
+    return model, origins
 
 
 def _t5_embedding(source: Source) -> str:
@@ -107,19 +118,30 @@ def load_clip(path: Path | str, *, device: torch.device | str, dtype: torch.dtyp
 
     Raises UserError when the file is not a complete CLIP text model.
     """
-    from transformers import CLIPTextModel
-
     source = open_source(path, "CLIP")
-    with torch.device("meta"):
-        model = CLIPTextModel(_clip_config(source))
-    prefix = _clip_prefix(source)
-    origins = {name: Origin((prefix + name.removeprefix("text_model."),)) for name in model.state_dict()}
-    check(source, model, origins, _CLIP_EXTRA)
+    model, origins = _empty_clip(source)
     fill(model, source, origins, device=device, dtype=lambda _: dtype)
     for module in model.modules():  # a buffer outside checkpoints, still on the meta device
         if "position_ids" in dict(module.named_buffers(recurse=False)):
             module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
     return model
+
+
+def empty_clip(path: Path | str) -> CLIPTextModel:
+    """CLIP's text model on the meta device: complete, but for its numbers. Raises UserError as loading does."""
+    return _empty_clip(open_source(path, "CLIP"))[0]
+
+
+def _empty_clip(source: Source) -> tuple[CLIPTextModel, dict[str, Origin]]:
+    """The model, and where its tensors are in the file, which has all of them."""
+    from transformers import CLIPTextModel
+
+    with torch.device("meta"):
+        model = CLIPTextModel(_clip_config(source))
+    prefix = _clip_prefix(source)
+    origins = {name: Origin((prefix + name.removeprefix("text_model."),)) for name in model.state_dict()}
+    check(source, model, origins, _CLIP_EXTRA)
+    return model, origins
 
 
 def _clip_prefix(source: Source) -> str:

@@ -36,11 +36,7 @@ def load_transformer(
     Raises UserError when the file is not a complete FLUX transformer.
     """
     source = open_source(path, "transformer")
-    config = transformer_config(source)
-    with torch.device("meta"):
-        model = Transformer(config)
-    origins = {name: _origin(source, name) for name in model.state_dict()}
-    check(source, model, origins)
+    model, origins = _empty(source)
     linears = {name for name, module in model.named_modules() if is_quantisable(name, module)}
     fill(
         model,
@@ -51,9 +47,23 @@ def load_transformer(
         select=linears.__contains__,
         mode=quantization,
         edit=edit,
-        on_host=on_host(config) if on_host else None,
+        on_host=on_host(model.config) if on_host else None,
     )
     return model
+
+
+def empty_transformer(path: Path | str) -> Transformer:
+    """The transformer of a file on the meta device: complete, but for its numbers. Raises UserError as loading does."""
+    return _empty(open_source(path, "transformer"))[0]
+
+
+def _empty(source: Source) -> tuple[Transformer, dict[str, Origin]]:
+    """The model, and where its tensors are in the file, which has all of them."""
+    with torch.device("meta"):
+        model = Transformer(transformer_config(source))
+    origins = {name: _origin(source, name) for name in model.state_dict()}
+    check(source, model, origins)
+    return model, origins
 
 
 def is_quantisable(name: str, module: nn.Module) -> bool:
