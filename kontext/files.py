@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,34 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         raise UserError(_refusal(path, error.strerror or str(error))) from error
     finally:
         _discard(temporary)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on leaving, flush its files to disk and put it in the place of `path`.
+
+    When the body fails, the temporary folder is removed and an older folder at `path` is untouched.
+
+    Raises UserError as `atomic_write` does, and for a file at `path`.
+    """
+    path = Path(path)
+    stem = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    temporary, old = path.with_name(f"{stem}.tmp"), path.with_name(f"{stem}.old.tmp")
+    try:
+        if path.is_file():
+            raise UserError(f"Cannot write {path}: it is a file. Give the name of a folder.")
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        if path.is_dir():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(_refusal(path, error.strerror or str(error))) from error
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def save_tensors(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kontext import files
 from kontext.errors import UserError
-from kontext.files import atomic_write, save_tensors
+from kontext.files import atomic_folder, atomic_write, save_tensors
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -100,3 +100,10 @@ def test_the_same_content_gives_the_same_bytes_in_every_process(tmp_path: Path) 
         subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True)
         digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
     assert len(digests) == 1
+
+
+def test_a_folder_is_not_put_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(UserError, match="it is a file"), atomic_folder(tmp_path / "a"):
+        raise AssertionError("nothing is to be written")
+    assert os.listdir(tmp_path) == ["a"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from secrets import randbits
 
 from kontext import console
-from kontext.commands import train_average, train_data, train_network
+from kontext.commands import train_average, train_data, train_export, train_model, train_network, train_whole
 from kontext.commands import train_values as values
 from kontext.commands.models import model_files
 from kontext.commands.train_report import journal
@@ -14,28 +14,23 @@ from kontext.commands.train_show import show_timesteps
 from kontext.data.batches import Batches
 from kontext.errors import UserError
 from kontext.generation.pipeline import Kontext
-from kontext.lora.files import load_weights
-from kontext.lora.linear import AdapterLinear
-from kontext.lora.report import read_adapters
-from kontext.memory.recompute import recompute_blocks
-from kontext.model.transformer import Transformer
 from kontext.options.train import Train
 from kontext.training.feed import Examples
 from kontext.training.names import Names
-from kontext.training.network import Network, build, parameters_of
 from kontext.training.objective import Objective
 from kontext.training.optimizers import evaluation_weights
 from kontext.training.plan import Plan
 from kontext.training.previews import Previews, Sample, prepare
 from kontext.training.prompts import read_sample_prompts
-from kontext.training.seeds import seed_of
 from kontext.training.session import Session, Start
 from kontext.training.state import Progress, changed_settings, latest_state, read_progress
+from kontext.training.trained import Trained
 
 
 def run(options: Train) -> None:
     """Train a LoRA as the options say, or go on with one."""
-    names = Names(options.output_dir, options.output_name)
+    train_whole.check(options)
+    names = train_whole.names(options)
     network = train_network.network(options)
     _check_writable(options.output_dir)
     start = _start(options.resume, names)
@@ -53,15 +48,15 @@ def run(options: Train) -> None:
         model_files(options), values.runtime(options, team.device), train_network.base_loras(options)
     )
     samples = _samples(options, kontext, seed) if team.leads else []
-    transformer, modules = _model(options, kontext, network, seed)
-    updates = values.updates(options, network, parameters_of(modules), plan, team.device)
+    transformer, trained = train_model.model(options, kontext, network, seed)
+    updates = values.updates(options, network, trained.parameters, plan, team.device)
     average = train_average.average(options, updates)
     start.load(updates, average)
-    _introduce(plan, batches, modules)
+    _introduce(plan, batches, trained)
 
     weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
-    export = values.export(
-        options, modules, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights
+    export = train_export.export(
+        options, trained, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights
     )
     kept = journal(options, names, plan, start, seed=seed, team=team)
     drawn = Previews(
@@ -159,34 +154,9 @@ def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
     return prepare(kontext, requests)
 
 
-def _model(
-    options: Train, kontext: Kontext, network: Network, seed: int
-) -> tuple[Transformer, dict[str, AdapterLinear]]:
-    """The transformer, frozen, with its adapters by module name: load, attach, place, recompute, in this order."""
-    transformer, device = kontext.transformer(), kontext.runtime.device
-    given = [] if options.network_weights is None else [options.network_weights]
-    adapters = read_adapters(given, transformer.config)
-    like = adapters[0] if options.dim_from_weights else None
-    modules = build(transformer, network, seed=seed_of("network", seed), device=device, like=like)
-    kontext.runtime.placement.apply(transformer, device)
-    for adapter in adapters:
-        missing = load_weights(modules, adapter)
-        console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
-        if missing:
-            console.warn(
-                f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}."
-            )
-    offload = options.gradient_checkpointing_cpu_offload
-    if offload and kontext.runtime.device.type == "cpu":
-        console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
-    if options.gradient_checkpointing or offload:
-        recompute_blocks(transformer, offload=offload)
-    return transformer, modules
-
-
-def _introduce(plan: Plan, batches: Batches, modules: dict[str, AdapterLinear]) -> None:
-    count = sum(parameter.numel() for parameter in parameters_of(modules).values())
+def _introduce(plan: Plan, batches: Batches, trained: Trained) -> None:
+    count = sum(parameter.numel() for parameter in trained.parameters.values())
     console.say(
-        f"Training {count:,} parameters in {len(modules)} modules: {batches.items_per_epoch} items in {plan.batches} "
+        f"Training {count:,} parameters in {trained.modules} modules: {batches.items_per_epoch} items in {plan.batches} "
         f"batches an epoch, {plan.steps} steps over {plan.epochs} epochs."
     )

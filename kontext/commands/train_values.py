@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from typing import Any
@@ -14,24 +13,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from kontext import console
-from kontext.commands import train_network
+from kontext.commands import train_network, train_whole
 from kontext.commands.models import model_runtime
 from kontext.data.batches import Batches
-from kontext.data.config import load_datasets
-from kontext.device import resolve_device, resolve_dtype
+from kontext.device import resolve_device
 from kontext.errors import UserError
 from kontext.generation.parts import Runtime
 from kontext.generation.request import Request
-from kontext.lora.linear import AdapterLinear
+from kontext.memory.placement import Placement
 from kontext.options.train import Train
 from kontext.timesteps import Timesteps
 from kontext.training.arguments import parse_arguments
-from kontext.training.export import Export
 from kontext.training.loop import Updates
-from kontext.training.metadata import Facts, Title, describe_datasets, spec_fields, training_fields
 from kontext.training.monitor import Log
 from kontext.training.network import Network, groups_of
 from kontext.training.optimizers import make_optimizer
@@ -56,11 +51,14 @@ FIXED = (
     "batches per step", "dataset",
 )  # fmt: skip
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
+MIXED_NAMES = {long: short for short, long in MIXED.items()}
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 def precision(options: Train) -> str:
     """The transformer's precision: --dtype if given, else that of --mixed-precision or `accelerate launch`."""
+    if options.full_bf16:
+        return "bfloat16"
     if "dtype" in options.model_fields_set:
         return options.dtype
     mixed = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -122,6 +120,7 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
         **{name: getattr(options, name) for name in COURSE},
         **train_network.beginnings(options),
         **({"ema_decay": options.ema_decay} if options.ema_decay else {}),
+        **({"full_bf16": True} if options.full_bf16 else {}),
         "seed": seed,
         "dtype": precision(options),
         "dit": options.dit.name,
@@ -131,7 +130,13 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
 
 
 def runtime(options: Train, device: torch.device) -> Runtime:
-    return model_runtime(options, device, dtype=precision(options), keep=True)
+    """How the models are kept. Weights of the transformer that are trained stay on the device, in float32 if
+    --full-bf16 does not say otherwise.
+    """
+    found = model_runtime(options, device, dtype=precision(options), keep=True)
+    if not train_whole.is_whole(options):
+        return found
+    return replace(found, placement=Placement(), weights=None if options.full_bf16 else torch.float32)
 
 
 def timesteps(options: Train) -> Timesteps:
@@ -184,8 +189,8 @@ def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
         peak=peak,
         schedule=options.lr_scheduler,
         total=plan.steps,
-        warmup=_steps(options.lr_warmup_steps, plan.steps),
-        decay=_steps(options.lr_decay_steps, plan.steps),
+        warmup=steps(options.lr_warmup_steps, plan.steps),
+        decay=steps(options.lr_decay_steps, plan.steps),
         cycles=options.lr_scheduler_num_cycles,
         power=options.lr_scheduler_power,
         min_ratio=options.lr_scheduler_min_lr_ratio,
@@ -193,7 +198,7 @@ def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
     )
 
 
-def _steps(value: float, total: int) -> int:
+def steps(value: float, total: int) -> int:
     """A number of steps, or a share of `total` when below 1."""
     return round(value * total) if value < 1 else round(value)
 
@@ -222,68 +227,3 @@ def rhythm(options: Train) -> Rhythm:
 def sample_request(seed: int) -> Request:
     """A sample picture where its prompt says nothing else; all with one seed, so that epochs can be compared."""
     return Request("", seed=seed, steps=STEPS, guidance=GUIDANCE)
-
-
-def export(
-    options: Train,
-    modules: Mapping[str, AdapterLinear],
-    batches: Batches,
-    plan: Plan,
-    *,
-    seed: int,
-    optimizer: Optimizer,
-    weights: Callable[[], AbstractContextManager[None]],
-) -> Export:
-    """What writes the LoRA files, with all that is to be said about them."""
-    about = _facts(options, batches, plan, seed, optimizer)
-    settings = options.model_dump() | {
-        "network_module": train_network.NETWORK_MODULES[options.network_module],
-        "network_alpha": train_network.network(options).alpha,
-        "mixed_precision": {long: short for short, long in MIXED.items()}.get(precision(options), "no"),
-        "seed": seed,
-        "lr_warmup_steps": _steps(options.lr_warmup_steps, plan.steps),
-    }
-    return Export(
-        modules=modules,
-        dtype=resolve_dtype(options.save_precision),
-        facts=about,
-        fields=training_fields(settings, about),
-        spec=spec_fields(_title(options), about),
-        brief=options.no_metadata,
-        plan=plan,
-        weights=weights,
-    )
-
-
-def _facts(options: Train, batches: Batches, plan: Plan, seed: int, optimizer: Optimizer) -> Facts:
-    datasets = load_datasets(options.dataset_config)
-    entries = [entry for group in batches.groups for entry in group.entries]
-    with_references = {entry.latents.parent for entry in entries if entry.references}
-    kind = type(optimizer)
-    session = hashlib.sha256(json.dumps(course(options, batches, plan, seed), sort_keys=True).encode())
-    return Facts(
-        items=batches.items_per_epoch,
-        batches=plan.batches,
-        epochs=plan.epochs,
-        steps=plan.steps,
-        datasets=describe_datasets(datasets, with_references),
-        resolution=max((dataset.resolution for dataset in datasets), key=lambda size: size[0] * size[1]),
-        optimizer=f"{kind.__module__}.{kind.__qualname__}({','.join(options.optimizer_args)})",
-        network_args=parse_arguments(options.network_args, "--network-args"),
-        session=int(session.hexdigest()[:8], 16),
-        started=time.time() if options.metadata_time else None,
-    )
-
-
-def _title(options: Train) -> Title:
-    limited = options.min_timestep > 0 or options.max_timestep < 1000
-    return Title(
-        title=options.metadata_title or options.output_name,
-        architecture=options.metadata_arch,
-        resolution=options.metadata_reso,
-        author=options.metadata_author,
-        description=options.metadata_description,
-        license=options.metadata_license,
-        tags=options.metadata_tags,
-        timestep_range=(options.min_timestep, options.max_timestep) if limited else None,
-    )

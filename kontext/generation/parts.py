@@ -46,13 +46,14 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute. `keep` leaves models loaded between pictures instead of freeing each after use.
+    """Where and how to compute. `weights` is the precision that the transformer is loaded in, if not `dtype`. `keep` leaves models loaded between pictures instead of freeing each after use.
 
     `placement` is for the transformer; who attaches adapters applies it then.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
+    weights: torch.dtype | None = None
     vae_dtype: torch.dtype = torch.float32
     quantization: str | None = None
     attention: str = "sdpa"
@@ -153,7 +154,7 @@ def open_transformer(
     model = load_transformer(
         path,
         device=runtime.device,
-        dtype=runtime.dtype,
+        dtype=runtime.weights or runtime.dtype,
         quantization=runtime.quantization,
         edit=edit,
         on_host=runtime.placement.on_host,

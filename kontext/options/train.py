@@ -19,8 +19,9 @@ class Saving(Options):
 
     output_dir: Path = option("Folder for the LoRA, states and samples.")
     output_name: str = option("Name of the LoRA file, without ending.", pattern=r"^[^/\\]+$")
-    save_precision: Annotated[Precision, BeforeValidator(_float)] = option(
-        "Precision of the LoRA file.", default="float32"
+    save_precision: Annotated[Precision | None, BeforeValidator(_float)] = option(
+        "Precision of the LoRA file. Without it: float32; with --network-module none that of --dit.",
+        default=None,
     )
     save_every_n_epochs: int | None = option("Save the LoRA every n epochs.", default=None, ge=1)
     save_every_n_steps: int | None = option("Save the LoRA every n steps.", default=None, ge=1)
@@ -102,7 +103,9 @@ class Metadata(Options):
     metadata_reso: str | None = option(
         "Resolution as WIDTHxHEIGHT. Without it: that of the dataset.", default=None
     )
-    metadata_arch: str | None = option("Architecture. Without it: flux-1-dev/lora.", default=None)
+    metadata_arch: str | None = option(
+        "Architecture. Without it: flux-1-dev/lora, or flux-1-dev with --network-module none.", default=None
+    )
 
 
 class Train(

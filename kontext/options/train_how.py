@@ -32,9 +32,10 @@ Pairs = Annotated[list[str], AfterValidator(_pair)]
 class Network(Options):
     """Network"""
 
-    network_module: Annotated[Literal["lora", "loha", "lokr"], BeforeValidator(_network)] = option(
+    network_module: Annotated[Literal["lora", "loha", "lokr", "none"], BeforeValidator(_network)] = option(
         "What is trained: lora (networks.lora_flux means the same), loha or lokr (networks.loha, networks.lokr); a DoRA "
-        "is lora with --network-args dora=true.",
+        "is lora with --network-args dora=true. none: no adapter, but the weights of the transformer itself; the result has "
+        "the layout of --dit.",
         default="lora",
     )
     network_dim: int = option("Rank of the LoRA.", default=16, ge=1)
@@ -49,7 +50,8 @@ class Network(Options):
         "a list of them in Python's spelling), loraplus_lr_ratio, dora (dora_wd means the same), factor (of lokr), "
         "rank_patterns and lr_patterns: the rank (at the same alpha/rank) and the learning rate of some modules, as "
         "regex=number or a list of that, such as rank_patterns=['double_blocks.*=32', 'single_blocks.*=8']; the first "
-        "that matches a whole name counts.",
+        "that matches a whole name counts. With --network-module none: include_patterns (alone: train only what matches), "
+        "exclude_patterns and lr_patterns.",
         default=[],
     )
     network_weights: Path | None = option(
@@ -162,9 +164,14 @@ class Memory(Options):
     """Precision and memory"""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        "fp16 and bf16 stand for --dtype float16 and bfloat16. The LoRA and its optimizer are always float32. "
+        "fp16 and bf16 stand for --dtype float16 and bfloat16. What is trained and its optimizer are float32. "
         "Without it: what accelerate launch was given.",
         default=None,
+    )
+    full_bf16: bool = option(
+        "With --network-module none: keep the trained weights in bfloat16 too, instead of float32. Half the memory, but "
+        "updates below about 0.4 % of a weight are lost to rounding.",
+        default=False,
     )
     gradient_checkpointing: bool = option(
         "Compute each block again in the backward pass instead of keeping what it computed.", default=False

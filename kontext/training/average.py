@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kontext.training.loop import Outcome
-from kontext.training.names import ADAPTER
-
-ENDING = "-ema" + ADAPTER
+from kontext.training.names import ADAPTER, AVERAGE
 
 
 def beside(path: Path) -> Path:
-    """The file of the average that belongs to an adapter's file."""
-    return path.with_name(path.name.removesuffix(ADAPTER) + ENDING)
+    """The file or folder of the average that belongs to a file or folder of weights."""
+    stem = path.name.removesuffix(ADAPTER)
+    return path.with_name(stem + AVERAGE + path.name[len(stem) :])
 
 
 def decay_at(limit: float, done: int) -> float:

@@ -18,6 +18,7 @@ from kontext.data.config import Dataset
 
 BASE_MODEL = "flux_kontext"
 ARCHITECTURE = "flux-1-dev/lora"  # sd-scripts' spelling, which tools for LoRA files look for
+WHOLE = "flux-1-dev"  # the same for a whole transformer
 IMPLEMENTATION = "https://github.com/black-forest-labs/flux"
 LEGACY_HASH_OFFSET, LEGACY_HASH_LENGTH = 0x100000, 0x10000
 NETWORK = (
@@ -81,7 +82,7 @@ def training_fields(settings: Mapping[str, Any], facts: Facts) -> dict[str, str]
         "ss_optimizer": facts.optimizer,
         "ss_fp8_base": settings["fp8"] or settings["fp8_scaled"],
         "ss_full_fp16": False,
-        "ss_full_bf16": False,
+        "ss_full_bf16": settings["full_bf16"],
         "ss_datasets": json.dumps(facts.datasets),
         "ss_network_args": json.dumps(facts.network_args),
         "ss_sd_model_name": settings["dit"].name,
@@ -94,7 +95,12 @@ def training_fields(settings: Mapping[str, Any], facts: Facts) -> dict[str, str]
 
 def network_fields(fields: Mapping[str, str]) -> dict[str, str]:
     """Of `fields`, what tools need to load the file; all that `--no-metadata` leaves."""
-    return {name: fields[name] for name in NETWORK}
+    return {name: fields[name] for name in NETWORK if name in fields}
+
+
+def without_network(fields: Mapping[str, str]) -> dict[str, str]:
+    """`fields` of a run that trains no adapter."""
+    return {name: value for name, value in fields.items() if not name.startswith("ss_network_")}
 
 
 def spec_fields(title: Title, facts: Facts) -> dict[str, str]:

@@ -6,34 +6,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ADAPTER = ".safetensors"
+AVERAGE = "-ema"
 STATE = "-state"
 
 
 @dataclass(frozen=True)
 class Names:
-    """`<folder>/<stem>` with an epoch (counted from 1) or a step behind it, as an adapter file or a state folder."""
+    """`<folder>/<stem>` with an epoch (counted from 1) or a step behind it, and an ending.
+
+    weights: the ending of what is trained, which is that of a file, or empty for a folder. It counts where no other
+    is given.
+    """
 
     folder: Path
     stem: str
+    weights: str = ADAPTER
 
-    def final(self, ending: str = ADAPTER) -> Path:
-        return self.folder / f"{self.stem}{ending}"
+    def final(self, ending: str | None = None) -> Path:
+        return self._named("", ending)
 
-    def at_epoch(self, epoch: int, ending: str = ADAPTER) -> Path:
-        return self.folder / f"{self.stem}-{epoch:06d}{ending}"
+    def at_epoch(self, epoch: int, ending: str | None = None) -> Path:
+        return self._named(f"-{epoch:06d}", ending)
 
-    def at_step(self, step: int, ending: str = ADAPTER) -> Path:
-        return self.folder / f"{self.stem}-step{step:08d}{ending}"
+    def at_step(self, step: int, ending: str | None = None) -> Path:
+        return self._named(f"-step{step:08d}", ending)
+
+    def _named(self, place: str, ending: str | None) -> Path:
+        return self.folder / f"{self.stem}{place}{self.weights if ending is None else ending}"
 
     def best(self) -> Path:
-        """The adapter with the lowest validation loss."""
-        return self.final("-best" + ADAPTER)
+        """The weights with the lowest validation loss."""
+        return self.final("-best" + self.weights)
 
-    def epochs(self, ending: str = ADAPTER) -> dict[int, Path]:
+    def epochs(self, ending: str) -> dict[int, Path]:
         """What has been written at epochs, by epoch."""
         return self._numbered(r"-(\d{6,})", ending)
 
-    def steps(self, ending: str = ADAPTER) -> dict[int, Path]:
+    def steps(self, ending: str) -> dict[int, Path]:
         """What has been written at steps, by step."""
         return self._numbered(r"-step(\d{8,})", ending)
 
@@ -47,7 +56,7 @@ class Names:
         pattern = re.compile(
             r"\."
             + re.escape(self.stem)
-            + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?\.(safetensors|html|history)\..*tmp"
+            + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?\.((safetensors|html|history)\..*|\d+-[^.]*\.(old\.)?)tmp"
         )
         own = [path for path in self._listing() if pattern.fullmatch(path.name)]
         return own + [path for state in self.states() if state.is_dir() for path in state.glob(".*.tmp")]

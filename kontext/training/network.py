@@ -21,18 +21,20 @@ from kontext.lora.sizes import sizes_in
 from kontext.model.transformer import Transformer
 from kontext.training.arguments import Value
 
-Kind = Literal["lora", "dora", "loha", "lokr"]
+Kind = Literal["lora", "dora", "loha", "lokr", "none"]
 KINDS: dict[Kind, type[AdapterLinear]] = {
     "lora": LoraLinear, "dora": DoraLinear, "loha": LohaLinear, "lokr": LokrLinear,
 }  # fmt: skip
-_PART = re.compile(r"\.(?:lora_\w+\.weight|(?:hada|lokr|dora)_\w+)$")  # of a parameter's name
+_PART = re.compile(
+    r"\.(?:lora_\w+\.weight|(?:hada|lokr|dora)_\w+|weight|bias|scale)$"
+)  # of a parameter's name
 # The factor of each kind that starts at zero: what LoRA+ trains faster.
 SECOND = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of adapters. plus_ratio: by how much the learning rate of the factor that starts at zero exceeds that
+    """A network of adapters, or none: then weights of the transformer are trained. plus_ratio: by how much the learning rate of the factor that starts at zero exceeds that
     of the others (LoRA+). factor: how LoKr splits a linear (see `factorise`).
 
     rank_patterns, rate_patterns: ranks and learning rates of the modules whose whole name a regex matches; the first
@@ -72,7 +74,7 @@ def network_of(
 
     Raises UserError for an argument that is unknown, of the wrong type, or not for this kind of network.
     """
-    readers = {
+    readers: dict[str, tuple[str, Callable[[str, Value], Any]]] = {
         "rank_dropout": ("rank_dropout", _share),
         "module_dropout": ("module_dropout", _share),
         "include_patterns": ("include_patterns", _patterns),
@@ -84,6 +86,8 @@ def network_of(
         "dora": ("dora", _flag),
         "dora_wd": ("dora", _flag),
     }
+    if kind == "none":
+        readers = {key: readers[key] for key in ("include_patterns", "exclude_patterns", "lr_patterns")}
     fields: dict[str, Any] = {}
     for key, value in arguments.items():
         if key not in readers:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kontext import console
-from kontext.training.average import ENDING as AVERAGE
 from kontext.training.loop import Outcome
-from kontext.training.names import ADAPTER, STATE, Names
+from kontext.training.names import AVERAGE, STATE, Names
 from kontext.training.plan import Plan
 from kontext.training.writer import Job
 
@@ -94,7 +93,7 @@ class Saver:
     def tidy(self, done: int) -> None:
         """Does what a run that was killed after `done` steps has not come to: deletes what is unfinished or too old."""
         for path in self.names.unfinished():
-            path.unlink(missing_ok=True)
+            _delete(path)
         if done:
             self._delete_old(done)
 
@@ -103,7 +102,8 @@ class Saver:
         epoch = self.plan.epoch(done - 1) + 1
         by_step, by_epoch = self._step_due(done - 1), self._epoch_due(done - 1)
         adapters, states = self.rules.adapters, self.rules.states
-        for ending, keep in ((ADAPTER, adapters), (AVERAGE, adapters), (STATE, states)):
+        weights = self.names.weights
+        for ending, keep in ((weights, adapters), (AVERAGE + weights, adapters), (STATE, states)):
             if by_step and keep.steps:
                 _delete_below(self.names.steps(ending), done - keep.steps)
             if by_epoch and keep.epochs:
@@ -132,4 +132,8 @@ def _delete_below(numbered: Mapping[int, Path], oldest: int) -> None:
     """Deletes the files and folders with a number below `oldest`."""
     for number, path in numbered.items():
         if number < oldest:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

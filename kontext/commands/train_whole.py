@@ -1,0 +1,58 @@
+"""What `kontext train --network-module none` takes and refuses: training of the transformer itself."""
+
+from kontext.checkpoints import open_source
+from kontext.device import resolve_dtype
+from kontext.errors import UserError
+from kontext.lora.as_loaded import AsLoaded
+from kontext.options.train import Train
+from kontext.training.names import Names
+
+# Options that say nothing without adapters, or that weights which change do not allow.
+ADAPTERS = "it is about adapters: leave it out"
+FROZEN = "weights that are trained cannot be {}: leave it out"
+REFUSED = {
+    "network_dim": ADAPTERS,
+    "network_alpha": ADAPTERS,
+    "network_dropout": ADAPTERS,
+    "network_weights": "give the checkpoint to start from as --dit",
+    "dim_from_weights": ADAPTERS,
+    "base_weights": "merge them first with kontext merge, and give the result as --dit",
+    "scale_weight_norms": ADAPTERS,
+    "fp8": FROZEN.format("kept in 8 bits"),
+    "fp8_scaled": FROZEN.format("kept in 8 bits"),
+    "blocks_to_swap": FROZEN.format("streamed from the host"),
+}
+
+
+def is_whole(options: Train) -> bool:
+    """Whether the transformer itself is trained."""
+    return options.network_module == "none"
+
+
+def check(options: Train) -> None:
+    """Raises UserError for options that do not go with what is trained, and where the base would be written over."""
+    if not is_whole(options):
+        if options.full_bf16:
+            raise UserError("--full-bf16 is for --network-module none: adapters are always float32.")
+        return
+    for name, remedy in REFUSED.items():
+        if name in options.model_fields_set and getattr(options, name) not in (False, None, 0, "0", []):
+            raise UserError(f"--{name.replace('_', '-')} with --network-module none: {remedy}.")
+    if options.full_bf16 and "dtype" in options.model_fields_set and options.dtype != "bfloat16":
+        raise UserError(f"--full-bf16 and --dtype {options.dtype} contradict each other: leave out one.")
+    final = names(options).final()
+    if final.exists() and options.dit.exists() and final.samefile(options.dit):
+        raise UserError(f"{final} is --dit itself: give another --output-name or --output-dir.")
+
+
+def layout(options: Train) -> AsLoaded:
+    """How the transformer is written."""
+    dtype = options.save_precision
+    return AsLoaded(open_source(options.dit, "transformer"), resolve_dtype(dtype) if dtype else None)
+
+
+def names(options: Train) -> Names:
+    """Names of the run's files: a transformer that was a folder becomes one again."""
+    if is_whole(options) and layout(options).is_folder:
+        return Names(options.output_dir, options.output_name, weights="")
+    return Names(options.output_dir, options.output_name)
