@@ -5,9 +5,10 @@ from kontext.errors import UserError
 from kontext.generation.batch import run_batch
 from kontext.generation.outputs import Writer
 from kontext.generation.pipeline import Kontext
-from kontext.generation.prompt_files import LONG_NAMES, letter_of
-from kontext.generation.prompts import WORDS, change, parse_line
+from kontext.generation.prompt_files import key_of
+from kontext.generation.prompts import change, parse_line
 from kontext.generation.request import Request
+from kontext.generation.words import LETTERS, WORDS
 
 HELP = "A prompt makes a picture; options behind it hold for that picture alone: make it red --d 42 --ci photo.png"
 
@@ -41,7 +42,7 @@ def obey(command: str, base: Request) -> Request:
     if verb != "/set" or not name:
         raise UserError(f"{command}: unknown; commands are /help and /set name value.")
     where = f"/set {name}"
-    changed = change(base, {}, [(letter_of(name, "/set"), value.strip(), where)])
+    changed = change(base, {}, [(key_of(name, "/set"), value.strip(), where)])
     say(f"{name} is {value.strip()} from now on.")
     return changed
 
@@ -49,5 +50,6 @@ def obey(command: str, base: Request) -> Request:
 def _help() -> None:
     say(HELP)
     say("/set name value sets one for all that follow; names are these, by word or letter:")
-    for name, letter in LONG_NAMES.items():
-        say(f"  {name} (--{letter}): {WORDS[letter].expects}")
+    names = {letter: f"{name} (--{letter})" for name, letter in LETTERS.items()}
+    for key, word in WORDS.items():
+        say(f"  {names.get(key, key)}: {word.expects}")

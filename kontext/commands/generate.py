@@ -137,6 +137,7 @@ def _request(options: Generate) -> Request:
         flow_shift=options.flow_shift or None,
         sampler=options.sampler,
         schedule=options.schedule,
+        noise_layout=options.noise_layout,
         negative_prompt=options.negative_prompt,
         true_cfg_scale=options.true_cfg_scale,
         resize_references=not options.no_resize_control,

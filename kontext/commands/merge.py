@@ -14,6 +14,7 @@ from kontext.lora.ema import constant, power
 from kontext.lora.merge import plan_merge, spread
 from kontext.lora.report import read_adapters
 from kontext.lora.rewrite import FP8_SCALED, Layout, SaveType, plan_checkpoint, write_checkpoint
+from kontext.lora.strength import Multiplier
 from kontext.options.merge import Merge
 
 
@@ -42,7 +43,7 @@ def run(options: Merge) -> None:
 def merge_into_checkpoint(
     dit: Path,
     loras: Sequence[Path],
-    multipliers: Sequence[float],
+    multipliers: Sequence[Multiplier],
     out: Path,
     *,
     include_patterns: Sequence[str] = (),
@@ -62,7 +63,7 @@ def merge_into_checkpoint(
     changes = plan_merge(
         adapters, strengths, include_patterns=include_patterns, exclude_patterns=exclude_patterns
     )
-    parts = [f"{strength:g} * {path.name}" for strength, path in zip(strengths, loras, strict=True)]
+    parts = [f"{strength} * {path.name}" for strength, path in zip(strengths, loras, strict=True)]
     metadata = {**source.metadata, "merged_from": " + ".join([dit.name, *parts])}
     checkpoint = plan_checkpoint(source, changes, dtype=dtype, layout=layout)
     with progress("Merging", len(checkpoint.jobs), unit="tensor") as bar:

@@ -20,6 +20,7 @@ from kontext.lora.keys import Places
 from kontext.lora.merge import plan_merge, spread
 from kontext.lora.report import read_adapters
 from kontext.lora.sizes import config_for
+from kontext.lora.strength import Multiplier
 from kontext.model.transformer import Transformer, TransformerConfig
 
 ALMOST = 0.9999  # a kept share from which on nothing is said
@@ -28,7 +29,7 @@ STALE = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
 
 def combine_loras(
     loras: Sequence[Path],
-    multipliers: Sequence[float],
+    multipliers: Sequence[Multiplier],
     out: Path,
     *,
     include_patterns: Sequence[str],
@@ -53,7 +54,7 @@ def combine_loras(
     weights = len(plan) - len(left_out)
     with progress("Combining", weights, unit="module") as bar:
         made = _collect(combine(plan, Places(config).shapes, rank), bar)
-    parts = [f"{strength:g} * {path.name}" for strength, path in zip(strengths, loras, strict=True)]
+    parts = [f"{strength} * {path.name}" for strength, path in zip(strengths, loras, strict=True)]
     metadata = dict(adapters[0].metadata) if len(adapters) == 1 else {}
     _write(made, out, format, config, dtype or _dtype(adapters), metadata, " + ".join(parts))
 

@@ -28,7 +28,7 @@ def run_settings(options: Generate) -> dict[str, str]:
 READ: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(
         ("prompt", "negative_prompt", "infer_steps", "embedded_cfg_scale", "true_cfg_scale", "flow_shift", "sampler",
-         "schedule", "no_resize_control", "control_resize", "control_placement", "stitch", "restore_size", "mask",
+         "schedule", "noise_layout", "no_resize_control", "control_resize", "control_placement", "stitch", "restore_size", "mask",
          "mask_blur", "strength", *RUN_OPTIONS),
         str,
     ),

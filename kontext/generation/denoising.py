@@ -46,7 +46,8 @@ def denoise(
     sigmas = schedule(request.steps, tokens, kind=request.schedule, flow_shift=request.flow_shift)
     sigmas = sigmas[request.skipped_steps :]
     channels = model.config.out_channels // PATCH**2
-    noise = torch.cat([draw_noise(seed, framed.height, framed.width, channels) for seed in seeds]).to(device)
+    shape, packed = (framed.height, framed.width, channels), request.noise_layout == "packed"
+    noise = torch.cat([draw_noise(seed, *shape, packed=packed) for seed in seeds]).to(device)
     x, velocity = noise, _velocity(model, conditioned, sigmas)
     if framed.canvas is not None:
         x, velocity = framed.canvas.start(noise, sigmas[:1]), framed.canvas.within(velocity, noise)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kontext.console import say
+from kontext.console import notice, say
 from kontext.errors import UserError
 from kontext.files import atomic_write, save_tensors
 from kontext.generation.formats import FORMATS, save_picture
@@ -22,6 +22,7 @@ LATENT_KEY = "latent"
 CHOICES = {
     "sampler": "sampler",
     "schedule": "schedule",
+    "noise_layout": "noise_layout",
     "crop_references": "control_resize",
     "placement": "control_placement",
     "stitch": "stitch",
@@ -189,8 +190,10 @@ class Writer:
         return self.folder / f"{stem}_preview.png"
 
     def save_grid(self, stem: str, picture: Image.Image, request: Request) -> None:
-        """Write references | result, all at the result's height, if that is wanted and there are references."""
-        if self.pictures and self.grid and request.references:
+        """Write references | result, all at the result's height, if that is wanted; says so if there is no reference."""
+        if self.pictures and self.grid and not request.references:
+            notice(f"{stem}: has no reference, so there is no grid of it.")
+        elif self.pictures and self.grid:
             references = [at_height(opened.image, picture.height) for opened in open_references(request)]
             path = self.folder / f"{stem}_grid.{self.format}"
             save_picture(path, side_by_side([*references, picture]), {})

@@ -25,6 +25,7 @@ from kontext.errors import UserError
 from kontext.lora.branches import attach_adapters
 from kontext.lora.merge import merging
 from kontext.lora.report import read_adapters
+from kontext.lora.strength import Multiplier, Strength
 from kontext.memory.placement import Placement
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer
@@ -73,7 +74,7 @@ class Loras:
     """
 
     paths: tuple[Path, ...] = ()
-    multipliers: tuple[float, ...] = ()
+    multipliers: tuple[Multiplier, ...] = ()
     include_patterns: tuple[str, ...] = ()
     exclude_patterns: tuple[str, ...] = ()
     attach: bool = False
@@ -134,8 +135,8 @@ def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
 
 
 def open_transformer(
-    files: ModelFiles, runtime: Runtime, loras: Loras, strengths: Sequence[float]
-) -> tuple[Transformer, list[float] | None]:
+    files: ModelFiles, runtime: Runtime, loras: Loras, strengths: Sequence[Multiplier]
+) -> tuple[Transformer, list[Strength] | None]:
     """Load the transformer with the LoRAs, each at its strength: merged in, or attached beside the weights.
 
     The second value is None after a merge; for attached LoRAs it holds their strengths, and a change of its

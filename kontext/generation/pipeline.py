@@ -33,6 +33,8 @@ from kontext.generation.references import Opened, at_size, open_references, prep
 from kontext.generation.request import Reference, Request
 from kontext.generation.sizes import output_size
 from kontext.generation.stages import Conditioned, Framed, Text
+from kontext.lora.merge import spread
+from kontext.lora.strength import Multiplier, Strength, as_strength
 from kontext.model.latents import LATENT_FACTOR
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
@@ -46,8 +48,8 @@ class Kontext:
     def __init__(self, files: ModelFiles, runtime: Runtime, loras: Loras | None = None) -> None:
         self.runtime = runtime
         self.loras = loras or Loras()
-        self._strengths = self.loras.multipliers
-        self._attached: list[float] | None = None  # the strengths that attached LoRAs go by
+        self._strengths = self._own_strengths()
+        self._attached: list[Strength] | None = None  # the strengths that attached LoRAs go by
         self.autoencoder = Part(lambda: open_autoencoder(files, runtime))
         self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
         self.transformer = Part(lambda: self._load_transformer(files))
@@ -62,7 +64,7 @@ class Kontext:
         vae: Path | str,
         text_encoder1: Path | str,
         text_encoder2: Path | str,
-        loras: Mapping[Path | str, float] | None = None,
+        loras: Mapping[Path | str, Multiplier] | None = None,
         device: str = "auto",
         dtype: str = "bfloat16",
     ) -> "Kontext":
@@ -166,13 +168,18 @@ class Kontext:
         txt = encode_t5(parts.t5, parts.t5_tokenizer, [prompt], max_length=length)
         return Text(txt.cpu(), encode_clip(parts.clip, parts.clip_tokenizer, [prompt]).cpu())
 
-    def _strengths_for(self, request: Request) -> tuple[float, ...]:
+    def _own_strengths(self) -> tuple[Strength, ...]:
+        return tuple(spread(self.loras.multipliers, len(self.loras.paths)))
+
+    def _strengths_for(self, request: Request) -> tuple[Strength, ...]:
         count = len(self.loras.paths)
         if request.multipliers is not None and len(request.multipliers) != count:
             raise UserError(
                 f"{len(request.multipliers)} LoRA strengths are given, but there are {count} LoRA files."
             )
-        return self.loras.multipliers if request.multipliers is None else request.multipliers
+        if request.multipliers is None:
+            return self._own_strengths()
+        return tuple(as_strength(multiplier) for multiplier in request.multipliers)
 
     def transformer_for(self, request: Request) -> Transformer:
         """The transformer with the LoRAs at the request's strengths, ready to compute.

@@ -10,22 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kontext.errors import UserError
-from kontext.generation.prompts import WORDS, change, read_lines
+from kontext.generation.prompts import change, read_lines
 from kontext.generation.request import Request
-
-LONG_NAMES = {
-    "width": "w",
-    "height": "h",
-    "seed": "d",
-    "infer_steps": "s",
-    "embedded_cfg_scale": "g",
-    "flow_shift": "fs",
-    "true_cfg_scale": "l",
-    "negative_prompt": "n",
-    "control_image": "ci",
-    "lora_multiplier": "m",
-}
-"""The names of options, and the letters of prompt lines that mean the same."""
+from kontext.generation.words import LETTERS, WORDS, word_key
 
 
 def from_table(table: object, base: Request, where: str) -> Request:
@@ -40,27 +27,30 @@ def from_table(table: object, base: Request, where: str) -> Request:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: prompt must be a text that is not empty.")
     pieces = [
-        (letter_of(name, where), text, f"{where}: {name}")
+        (key_of(name, where), text, f"{where}: {name}")
         for name, value in values.items()
         for text in _texts(name, value, where)
     ]
     return change(base, {"prompt": prompt.strip()}, pieces)
 
 
-def letter_of(name: str, where: str) -> str:
-    """The letter of a setting that is named by its option or its letter. Raises UserError for an unknown one."""
-    letter = LONG_NAMES.get(name.replace("-", "_"), name)
-    if letter not in WORDS:
-        raise UserError(f"{where}: unknown setting {name}; known are prompt, {', '.join(LONG_NAMES)}.")
-    return letter
+def key_of(name: str, where: str) -> str:
+    """The key in WORDS of a setting, by its option or its letter. Raises UserError for an unknown one."""
+    key = word_key(name)
+    if key is None:
+        known = [*LETTERS, *(key for key in WORDS if key not in LETTERS.values())]
+        raise UserError(f"{where}: unknown setting {name}; known are prompt, {', '.join(known)}.")
+    return key
 
 
 def _texts(name: str, value: object, where: str) -> list[str]:
     """A value as prompt lines write it: a list of paths is several words, a list of numbers one."""
+    word = WORDS[key_of(name, where)]
+    if word.flag and isinstance(value, bool):
+        return [str(value).lower()]
     if isinstance(value, list):
-        if LONG_NAMES.get(name, name) == "ci":
-            return [_text(name, each, where) for each in value]
-        return [" ".join(_text(name, each, where) for each in value)]
+        texts = [_text(name, each, where) for each in value]
+        return texts if word.repeatable else [" ".join(texts)]
     return [_text(name, value, where)]
 
 

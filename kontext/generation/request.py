@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from kontext.lora.strength import Multiplier
+
 Reference = Path | Image.Image
 
 
@@ -19,6 +21,7 @@ class Request:
     limits the edit of the first reference, its edge blurred by `mask_blur` pixels; `strength` under 1 starts from the
     first reference, noised that far.
 
+    `noise_layout` is that in which the noise of a seed is drawn: "latent" (diffusers, ComfyUI) or "packed" (musubi).
     `flow_shift` None means the schedule's own; that of "flux" depends on the resolution. `multipliers` None means the
     adapters' own. `negative_prompt` counts only with a `true_cfg_scale` over 1.
     """
@@ -43,7 +46,8 @@ class Request:
     mask: Reference | None = None
     mask_blur: float = 0.0
     strength: float = 1.0
-    multipliers: tuple[float, ...] | None = None
+    multipliers: tuple[Multiplier, ...] | None = None
+    noise_layout: str = "latent"
 
     @property
     def uses_negative(self) -> bool:

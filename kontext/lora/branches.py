@@ -13,18 +13,19 @@ from kontext.lora.deltas import Delta, Kronecker, LowRank
 from kontext.lora.files import AdapterFile
 from kontext.lora.linear import plain_weight
 from kontext.lora.merge import plan_merge, spread
+from kontext.lora.strength import Block, Multiplier, Strength, block_of
 
 
 class Branched(nn.Module):
     """W x + b + sum of strength * (dW x + db), for a linear of any kind. For inference.
 
     weights, biases: what is added, with the number of its adapter; strengths: by adapter, shared by all
-    linears of a model.
+    linears of a model; block: the one that the linear is in.
     """
 
-    def __init__(self, base: nn.Module, strengths: list[float]) -> None:
+    def __init__(self, base: nn.Module, strengths: list[Strength], block: Block | None = None) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.block = base, block
         self.strengths = strengths
         self.weights: list[tuple[Delta, int]] = []
         self.biases: list[tuple[Delta, int]] = []
@@ -37,11 +38,12 @@ class Branched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         out = self.base(x)
+        strengths = [strength.at(self.block) for strength in self.strengths]
         for delta, adapter in self.weights:
-            if self.strengths[adapter]:
-                out[..., _rows(delta)] += self.strengths[adapter] * self._change(delta, x)
+            if strengths[adapter]:
+                out[..., _rows(delta)] += strengths[adapter] * self._change(delta, x)
         for delta, adapter in self.biases:
-            out[..., _rows(delta)] += self.strengths[adapter] * delta.change.dense(x).to(x.dtype)
+            out[..., _rows(delta)] += strengths[adapter] * delta.change.dense(x).to(x.dtype)
         return out
 
     def _change(self, delta: Delta, x: Tensor) -> Tensor:
@@ -59,9 +61,9 @@ class Attached:
     """Adapters beside a model."""
 
     modules: dict[str, Branched]
-    strengths: list[float]
+    strengths: list[Strength]
 
-    def set_strengths(self, multipliers: Sequence[float]) -> None:
+    def set_strengths(self, multipliers: Sequence[Multiplier]) -> None:
         """New strengths, from the next forward pass on. Raises UserError for a wrong number of them."""
         self.strengths[:] = spread(multipliers, len(self.strengths))
 
@@ -69,7 +71,7 @@ class Attached:
 def attach_adapters(
     model: nn.Module,
     adapters: Sequence[AdapterFile],
-    multipliers: Sequence[float],
+    multipliers: Sequence[Multiplier],
     *,
     device: torch.device | None = None,
     include_patterns: Sequence[str] = (),
@@ -99,8 +101,8 @@ def attach_adapters(
     return Attached(modules, strengths)
 
 
-def _branch(model: nn.Module, name: str, strengths: list[float]) -> Branched:
-    module = Branched(model.get_submodule(name), strengths)
+def _branch(model: nn.Module, name: str, strengths: list[Strength]) -> Branched:
+    module = Branched(model.get_submodule(name), strengths, block_of(name))
     model.set_submodule(name, module)
     return module
 

@@ -10,6 +10,7 @@ from kontext.errors import UserError
 from kontext.lora.deltas import Delta
 from kontext.lora.files import AdapterFile
 from kontext.lora.patterns import compile_patterns, matches_any
+from kontext.lora.strength import Multiplier, Strength, as_strength
 
 Edit = Callable[[str, Tensor], Tensor]
 Plan = Mapping[str, Sequence[tuple[Delta, float]]]
@@ -17,7 +18,7 @@ Plan = Mapping[str, Sequence[tuple[Delta, float]]]
 
 def merging(
     adapters: Sequence[AdapterFile],
-    multipliers: Sequence[float],
+    multipliers: Sequence[Multiplier],
     *,
     include_patterns: Sequence[str] = (),
     exclude_patterns: Sequence[str] = (),
@@ -40,7 +41,7 @@ def merging(
 
 def plan_merge(
     adapters: Sequence[AdapterFile],
-    multipliers: Sequence[float],
+    multipliers: Sequence[Multiplier],
     *,
     include_patterns: Sequence[str] = (),
     exclude_patterns: Sequence[str] = (),
@@ -59,7 +60,7 @@ def plan_merge(
         for name, deltas in adapter.deltas.items():
             module = name.rpartition(".")[0]
             if not matches_any(exclude, module) and (not include or matches_any(include, module)):
-                plan[name] += [(delta, strength) for delta in deltas]
+                plan[name] += [(delta, strength.of(module)) for delta in deltas]
     if adapters and not plan:
         raise UserError(
             "The include and exclude patterns leave no module to merge. "
@@ -68,17 +69,18 @@ def plan_merge(
     return dict(plan)
 
 
-def spread(multipliers: Sequence[float], count: int) -> list[float]:
-    """One multiplier for each of `count` adapters.
+def spread(multipliers: Sequence[Multiplier], count: int) -> list[Strength]:
+    """The strength of each of `count` adapters.
 
-    Raises UserError for a number of multipliers that is neither 0, 1 nor `count`.
+    Raises UserError for a number of multipliers that is neither 0, 1 nor `count`, and for a text that is none.
     """
     if len(multipliers) not in (0, 1, count):
         raise UserError(
             f"{len(multipliers)} multipliers were given for {count} LoRAs. "
             "--lora-multiplier takes one for each --lora-weight, or a single one for all."
         )
-    return list(multipliers) if len(multipliers) == count else list(multipliers or (1.0,)) * count
+    strengths = [as_strength(multiplier) for multiplier in multipliers or (1.0,)]
+    return strengths if len(strengths) == count else strengths * count
 
 
 def merge_weight(weight: Tensor, changes: Sequence[tuple[Delta, float]]) -> Tensor:

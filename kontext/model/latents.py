@@ -34,11 +34,15 @@ def position_ids(height: int, width: int, *, index: int = 0, offset: tuple[int, 
     return torch.stack(torch.meshgrid(axis[None], rows, columns, indexing="ij"), -1).reshape(-1, 3)
 
 
-def draw_noise(seed: int, height: int, width: int, channels: int = 16) -> Tensor:
+def draw_noise(seed: int, height: int, width: int, channels: int = 16, *, packed: bool = False) -> Tensor:
     """Initial noise (1, C, height/8, width/8) for a picture of `height` x `width` pixels.
 
     Drawn in float32 on the CPU before packing, so that a seed means the same as in diffusers and ComfyUI, on
-    every device.
+    every device; or `packed`, as tokens, where it means what it does in musubi-tuner.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, channels, height // LATENT_FACTOR, width // LATENT_FACTOR, generator=generator)
+    height, width = height // LATENT_FACTOR, width // LATENT_FACTOR
+    if not packed:
+        return torch.randn(1, channels, height, width, generator=generator)
+    tokens = (height // PATCH) * (width // PATCH)
+    return unpack(torch.randn(1, tokens, channels * PATCH**2, generator=generator), height, width)

@@ -82,6 +82,10 @@ class Sampling(Options):
         "Where the steps lie: flux by the resolution, simple and beta as in ComfyUI with its fixed shift of exp(1.15).",
         default="flux",
     )
+    noise_layout: Literal["latent", "packed"] = option(
+        "How the noise of a seed is drawn: latent as in diffusers and ComfyUI, packed as in musubi-tuner.",
+        default="latent",
+    )
     flow_shift: float | None = option(
         "Fixed shift of the noise levels. Without it, or with 0: the schedule's own.",
         default=None,
@@ -138,8 +142,10 @@ class Source(Options):
 
     from_file: Path | None = option(
         "Several prompts. A text file has one per line, which may set --w --h --d (seed) --s (steps) --g (guidance) --fs (shift) "
-        "--ci (reference) --n (negative) --l (true cfg) --m (LoRA strengths). A .jsonl file has an object per line, a .toml "
-        "file [[pictures]], with prompt and the names of these options.",
+        "--ci (reference) --n (negative) --l (true cfg) --m (LoRA strengths), and by their names what else is of one picture: "
+        "--sampler, --schedule, --noise-layout, --mask, --mask-blur, --strength, --control-resize, --control-placement, "
+        "--no-resize-control, --stitch, --restore-size. A .jsonl file has an object per line, a .toml file [[pictures]], with "
+        "prompt and the names of these options.",
         default=None,
     )
     from_image: Path | None = option(

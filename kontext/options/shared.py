@@ -33,6 +33,17 @@ def _short_attention(value: Any) -> Any:
 Attention = Annotated[
     Literal["sdpa", "torch", "flash", "flash3", "sage", "xformers"], BeforeValidator(_short_attention)
 ]
+
+
+def _number_or_text(value: Any) -> Any:
+    """A text that is a number as that number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Multiplier = Annotated[float | str, BeforeValidator(_number_or_text)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
@@ -103,7 +114,11 @@ class Adapters(Options):
     """LoRA"""
 
     lora_weight: list[Path] = option("LoRA files to apply.", default=[])
-    lora_multiplier: list[float] = option("One strength per LoRA file, or one for all.", default=[1.0])
+    lora_multiplier: list[Multiplier] = option(
+        "One strength per LoRA file, or one for all. Blocks may have factors of their own: "
+        "1.0:double=0.5,single=1.2,single3-10=0.8.",
+        default=[1.0],
+    )
     include_patterns: list[str] = option(
         "Apply a LoRA only to modules that match one of these regexes.", default=[]
     )

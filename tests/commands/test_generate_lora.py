@@ -55,9 +55,24 @@ def test_strengths_in_prompt_lines(generate, tmp_path, lora):
         with safe_open(tmp_path / "out" / f"x_00{number}.safetensors", "pt") as file:
             found.append(file.get_tensor("latent"))
             strengths.append(file.metadata()["lora_multiplier"])
-    assert strengths == ["0.0", "1.0", "1.0"]
+    assert strengths == ["0", "1", "1"]
     for one, expected in zip(found, (plain, full, full), strict=True):
         assert (one - expected).abs().max() < 1e-5
+
+
+def test_blocks_of_their_own_strength(generate, tmp_path, lora):
+    """The LoRA has a double and a single block: without either, what is left is the other one's."""
+    attached = latent(generate, tmp_path, "a", "--lora-weight", lora[0], "--lora-multiplier", "1:single=0")
+    (tmp_path / "p.txt").write_text(
+        "red --m 1:single=0\nred --m 1:single0=0,double=1,single1=0\nred --m 1:double=0\n"
+    )
+    options = ("--seed", 1, "--output-type", "latent", "--output-name", "x", "--lora-weight", lora[0])
+    code, said = generate("--from-file", tmp_path / "p.txt", *options)
+    found = [load_file(tmp_path / "out" / f"x_00{number}.safetensors")["latent"] for number in (1, 2, 3)]
+    assert code == 0 and (found[0] - attached).abs().max() < 1e-5 and (found[1] - attached).abs().max() < 1e-5
+    assert (found[2] - attached).abs().max() > 1e-2
+    code, said = generate("--prompt", "x", "--lora-weight", lora[0], "--lora-multiplier", "1:treble=2")
+    assert code == 2 and "'1:treble=2' is no strength. Write a number" in said
 
 
 @pytest.mark.parametrize("flag", ["--fp8", "--fp8-scaled"])

@@ -85,6 +85,14 @@ def test_a_grid_shows_reference_and_result(generate, tmp_path, photo):
     assert np.array_equal(Image.open(out / "x_grid.png"), expected)
 
 
+def test_an_item_without_a_reference_has_no_grid_and_says_so(generate, tmp_path, photo):
+    (tmp_path / "p.txt").write_text(f"red --ci {photo}\nred\n")
+    options = ("--no-resize-control", "--output-name", "x", "--grid", "--infer-steps", 1)
+    code, said = generate("--from-file", tmp_path / "p.txt", *options)
+    assert code == 0 and files(tmp_path / "out") == ["x_001.png", "x_001_grid.png", "x_002.png"]
+    assert "x_002: has no reference, so there is no grid of it." in said
+
+
 def test_a_grid_needs_a_reference(generate):
     code, said = generate("--prompt", "x", "--grid")
     assert code == 2 and "--grid needs a reference" in said

@@ -37,8 +37,9 @@ def test_each_choice_gives_another_picture_and_is_noted(generate, tmp_path):
         ("sampler", "dpmpp_2m"),
         ("schedule", "simple"),
         ("schedule", "beta"),
+        ("noise_layout", "packed"),
     ):
-        changed, settings = latent(generate, tmp_path, value, f"--{option}", value)
+        changed, settings = latent(generate, tmp_path, value, f"--{option.replace('_', '-')}", value)
         assert settings[option] == value and (changed - plain).abs().max() > 1e-3
 
 

@@ -21,6 +21,7 @@ from kontext.generation.parts import (
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 QUANTISED = Runtime(torch.device("cpu"), torch.float32, quantization="fp8_scaled")
+from kontext.lora.strength import Strength
 
 
 def test_a_part_loads_once_and_again_after_it_was_let_go():
@@ -71,7 +72,7 @@ def test_a_lora_is_merged_into_whole_weights_and_attached_to_quantised_ones(tiny
     plain, _ = open_transformer(files, QUANTISED, Loras(), ())
     attached, strengths = open_transformer(files, QUANTISED, lora, lora.multipliers)
     assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.5), atol=1e-6)
-    strengths[:] = [0.25]
+    strengths[:] = [Strength(0.25)]
     assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.25), atol=1e-6)
 
 

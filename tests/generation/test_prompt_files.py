@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 
 from kontext.errors import UserError
-from kontext.generation.prompt_files import LONG_NAMES, read_prompt_file
-from kontext.generation.prompts import WORDS
+from kontext.generation.prompt_files import read_prompt_file
 from kontext.generation.request import Request
+from kontext.generation.words import LETTERS, WORDS
+from kontext.lora.strength import Strength
+from kontext.options.generate import Generate
 
 BASE = Request("", width=512, height=256, seed=5, guidance=3.5)
 
-LINES = """two cats --w 640 --h 480 --d 7 --s 9 --g 1.5 --fs 3 --l 2 --n no --ci a b.png --ci c.png --m 1, 0.5
+LINES = """two cats --w 640 --h 480 --d 7 --s 9 --g 1.5 --fs 3 --l 2 --n no --ci a b.png --ci c.png --m 1, 0.5 --sampler heun --stitch
 red
 """
-JSONL = """{"prompt": "two cats", "width": 640, "height": 480, "seed": 7, "infer_steps": 9, "embedded_cfg_scale": 1.5, "flow_shift": 3, "true_cfg_scale": 2, "negative_prompt": "no", "control_image": ["a b.png", "c.png"], "lora_multiplier": [1, 0.5]}
+JSONL = """{"prompt": "two cats", "width": 640, "height": 480, "seed": 7, "infer_steps": 9, "embedded_cfg_scale": 1.5, "flow_shift": 3, "true_cfg_scale": 2, "negative_prompt": "no", "control_image": ["a b.png", "c.png"], "lora_multiplier": [1, 0.5], "sampler": "heun", "stitch": true}
 
 {"prompt": "red"}
 """
@@ -29,7 +31,9 @@ fs = 3.0
 true_cfg_scale = 2
 negative_prompt = "no"
 control_image = ["a b.png", "c.png"]
-m = [1, 0.5]
+m = [1, "0.5"]
+sampler = "heun"
+stitch = true
 [[pictures]]
 prompt = "red"
 """
@@ -43,12 +47,16 @@ def test_three_ways_to_say_the_same(tmp_path, ending, content):
     assert second == Request("red", width=512, height=256, seed=5, guidance=3.5)
     assert first == Request(
         "two cats", references=(Path("a b.png"), Path("c.png")), width=640, height=480, seed=7, steps=9, guidance=1.5,
-        flow_shift=3.0, negative_prompt="no", true_cfg_scale=2.0, multipliers=(1.0, 0.5),
+        flow_shift=3.0, negative_prompt="no", true_cfg_scale=2.0, multipliers=(Strength(1.0), Strength(0.5)),
+        sampler="heun", stitch=True,
     )  # fmt: skip
 
 
-def test_every_letter_has_a_long_name():
-    assert list(LONG_NAMES.values()) == list(WORDS)
+def test_names_are_those_of_options():
+    names = {letter: name for name, letter in LETTERS.items()}
+    assert {
+        "image_size" if key in "wh" else names.get(key, key) for key in WORDS
+    } <= Generate.model_fields.keys()
 
 
 @pytest.mark.parametrize(

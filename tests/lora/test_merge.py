@@ -10,6 +10,7 @@ from kontext.lora.adapter import LoraLinear, attach
 from kontext.lora.deltas import Decomposed, Delta, LowRank, Target
 from kontext.lora.files import AdapterFile, save_lora
 from kontext.lora.merge import merge_weight, merging, spread
+from kontext.lora.strength import Strength
 from tests.lora.models import CONFIG, relative_error
 from tests.lora.reference import read
 
@@ -70,9 +71,10 @@ def test_patterns_choose_modules():
 
 
 def test_multipliers():
-    assert spread([], 2) == [1.0, 1.0]
-    assert spread([0.5], 3) == [0.5, 0.5, 0.5]
-    assert spread([0.5, 2.0], 2) == [0.5, 2.0]
+    half, double = Strength(0.5), Strength(2.0)
+    assert spread([], 2) == [Strength(), Strength()]
+    assert spread([0.5], 3) == [half] * 3
+    assert spread([half, "2"], 2) == [half, double]
     with pytest.raises(UserError, match="2 multipliers were given for 3 LoRAs"):
         spread([1.0, 1.0], 3)
 

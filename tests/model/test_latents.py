@@ -41,3 +41,10 @@ def test_noise_is_diffusers():
     expected = randn_tensor((1, 16, 6, 8), generator=torch.Generator().manual_seed(42))
     assert torch.equal(draw_noise(42, 48, 64), expected)
     assert draw_noise(42, 48, 64).dtype == torch.float32
+
+
+def test_packed_noise_is_drawn_as_tokens():
+    """musubi-tuner draws (1, tokens, 64); packing ours gives its numbers back."""
+    expected = torch.randn(1, 3 * 4, 64, generator=torch.Generator().manual_seed(42))
+    noise = draw_noise(42, 48, 64, packed=True)
+    assert noise.shape == (1, 16, 6, 8) and torch.equal(pack(noise), expected)
