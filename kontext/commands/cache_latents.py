@@ -19,6 +19,7 @@ from kontext.data.sheet import contact_sheet
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
 from kontext.files import atomic_write
+from kontext.memory.tiling import tile
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.latents import LATENT_FACTOR
 from kontext.options.base import need
@@ -86,6 +87,7 @@ def _encoder(options: CacheLatents) -> Callable[[Tensor], Tensor]:
         raise UserError(
             f"{options.vae}: shrinks pictures by {autoencoder.factor}; FLUX.1's autoencoder does by {LATENT_FACTOR}."
         )
+    tile(autoencoder, options.vae_tiling)
 
     @torch.inference_mode()
     def encode(images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
         device=device,
         dtype=resolve_dtype(dtype),
         vae_dtype=resolve_dtype(options.vae_dtype),
+        vae_tiling=options.vae_tiling,
         quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
         attention=options.attn_mode,
         fp8_t5=options.fp8_t5,

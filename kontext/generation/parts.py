@@ -27,6 +27,7 @@ from kontext.lora.merge import merging
 from kontext.lora.report import read_adapters
 from kontext.lora.strength import Multiplier, Strength
 from kontext.memory.placement import Placement
+from kontext.memory.tiling import Mode, tile
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer
 
@@ -56,6 +57,7 @@ class Runtime:
     dtype: torch.dtype = torch.bfloat16
     weights: torch.dtype | None = None
     vae_dtype: torch.dtype = torch.float32
+    vae_tiling: Mode = "auto"
     quantization: str | None = None
     attention: str = "sdpa"
     fp8_t5: bool = False
@@ -119,7 +121,8 @@ def open_autoencoder(files: ModelFiles, runtime: Runtime) -> Autoencoder:
     """Load the autoencoder. Raises UserError when no file was given for it."""
     path = _given(files.vae, "vae")
     say(f"Loading the autoencoder: {path}")
-    return load_autoencoder(path, device=runtime.device, dtype=runtime.vae_dtype)
+    model = load_autoencoder(path, device=runtime.device, dtype=runtime.vae_dtype)
+    return tile(model, runtime.vae_tiling)
 
 
 def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:

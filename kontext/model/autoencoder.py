@@ -50,7 +50,10 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.shortcut(x)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
 
 
 class AttnBlock(nn.Module):
@@ -66,9 +69,14 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "B C H W -> B 1 (H W) C") for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(out, "B 1 (H W) C -> B C H W", H=x.shape[2]))
+        return x + self.proj_out(attend(self.q(h), self.k(h), self.v(h)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head: q (B, C, H, W) over all positions of k and v, whose heights may be others."""
+    rows = [rearrange(x, "B C H W -> B 1 (H W) C") for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*rows)
+    return rearrange(out, "B 1 (H W) C -> B C H W", H=q.shape[2])
 
 
 class Downsample(nn.Module):

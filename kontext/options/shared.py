@@ -134,6 +134,11 @@ class Vae(Options):
         aliases=("ae",),
     )
     vae_dtype: Precision = option("Precision of the autoencoder.", default="float32")
+    vae_tiling: Literal["auto", "on", "off"] = option(
+        "Work on pictures in strips of rows: half the memory, the same result to rounding, and no seams. auto: when a GPU's "
+        "memory is short.",
+        default="auto",
+    )
 
 
 class Encoders(Options):
