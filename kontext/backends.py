@@ -4,11 +4,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from kontext.errors import UserError
 from kontext.model.attention import Attend, sdpa
 
+FLOAT32 = 4
+SCORES = 256 * 2**20
+"""Bytes of float32 scores that `in_parts` allows at once."""
 # mode: (module, function); each takes and returns (B, L, H, D).
 TOKENS_FIRST = {
     "flash": ("flash_attn", "flash_attn_func"),
@@ -34,6 +38,17 @@ def attention_backend(mode: str) -> Attend:
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return attend
+
+
+def in_parts(attend: Attend) -> Attend:
+    """The same attention for some queries at a time: a kernel that holds their scores never holds all of them."""
+
+    def attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        row = q.shape[0] * q.shape[1] * k.shape[2] * FLOAT32
+        parts = [attend(some, k, v).transpose(1, 2) for some in q.split(max(1, SCORES // row), 2)]
+        return torch.cat(parts, 1).transpose(1, 2)
+
+    return attend_in_parts
 
 
 def require(package: str, mode: str) -> ModuleType:

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kontext.backends import attention_backend, use_attention
+from kontext.backends import attention_backend, in_parts, use_attention
 from kontext.errors import UserError
 from kontext.model.transformer import Transformer, TransformerConfig
+from tests.memory.live import Live
 
 Q, K, V = torch.randn(3, 2, 4, 10, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
 
@@ -74,3 +75,38 @@ def test_backend_reaches_every_block():
         torch.randn(1, 8),
     )
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("scores", [1, 2 * 4 * 10 * 4 * 3, 10**9])
+def test_parts_make_the_whole(monkeypatch, scores):
+    """One query at a time, three (with a rest of one), and all: with their gradients."""
+    monkeypatch.setattr("kontext.backends.SCORES", scores)
+    lengths = []
+
+    def attend(q, k, v):
+        lengths.append(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v)
+
+    found, expected = ([x.clone().requires_grad_() for x in (Q, K, V)] for _ in range(2))
+    out, whole = in_parts(attend)(*found), F.scaled_dot_product_attention(*expected)
+    torch.testing.assert_close(out, whole)
+    assert lengths == {1: [1] * 10, 10**9: [10]}.get(scores, [3, 3, 3, 1])
+    (out * Q).sum().backward(), (whole * Q).sum().backward()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_parts_spare_a_kernel_that_holds_all_scores(monkeypatch):
+    """1024 queries and keys of 4 heads: 16 MB of scores at once, or 2 MB of them."""
+    monkeypatch.setattr("kontext.backends.SCORES", 2**21)
+    q, k, v = torch.randn(3, 1, 4, 1024, 8)
+
+    def attend(q, k, v):
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+    peaks = []
+    for each in (attend, in_parts(attend)):
+        with Live() as live:
+            each(q, k, v)
+        peaks.append(live.peak)
+    assert peaks[0] > 2 * 2**24 and peaks[1] < 3 * 2**21

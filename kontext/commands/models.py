@@ -29,6 +29,7 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
         vae_tiling=options.vae_tiling,
         quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
         attention=options.attn_mode,
+        split_attention=options.split_attn,
         fp8_t5=options.fp8_t5,
         t5_max_length=options.t5_max_length,
         keep=keep,

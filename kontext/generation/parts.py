@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from kontext.backends import attention_backend, use_attention
+from kontext.backends import attention_backend, in_parts, use_attention
 from kontext.checkpoints import (
     load_autoencoder,
     load_clip,
@@ -60,6 +60,7 @@ class Runtime:
     vae_tiling: Mode = "auto"
     quantization: str | None = None
     attention: str = "sdpa"
+    split_attention: bool = False
     fp8_t5: bool = False
     t5_max_length: int = 512
     keep: bool = False
@@ -163,7 +164,8 @@ def open_transformer(
         edit=edit,
         on_host=runtime.placement.on_host,
     )
-    use_attention(model, attention_backend(runtime.attention))
+    attend = attention_backend(runtime.attention)
+    use_attention(model, in_parts(attend) if runtime.split_attention else attend)
     if not attach:
         return model, None
     return model, attach_adapters(model, adapters, strengths, device=runtime.device, **patterns).strengths

@@ -92,6 +92,11 @@ class Dit(Options):
             "xformers": "xformers",
         },
     )
+    split_attn: bool = option(
+        "Attend for some tokens at a time: less memory with kernels that hold all scores at once (PyTorch's without a fused "
+        "kernel), the same to rounding. It has no use with the others.",
+        default=False,
+    )
 
 
 class Swapping(Options):
