@@ -22,6 +22,7 @@ from kontext.options.spec import nearest
 
 MEMORY_ADVICE = {
     "fp8_scaled": "--fp8-scaled",
+    "nf4": "--nf4",
     "fp8_t5": "--fp8-t5",
     "blocks_to_swap": "--blocks-to-swap",
     "gradient_checkpointing": "--gradient-checkpointing",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kontext.checkpoints.source import Source
 from kontext.errors import UserError
-from kontext.quant import FP8, EightBitLinear, Mode, Quantised, dequantise, quantise
+from kontext.quant import FP8, Mode, Quantised, dequantise, quantisable, quantise, quantised_linear
 
 SCALES = ("scale_weight", "weight_scale")
 COMPANION = re.compile(r"(.*\.)?(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)")
@@ -99,8 +99,7 @@ def fill(
 ) -> None:
     """Read every tensor of a meta model, in the order of the file, to its device and dtype.
 
-    dtype: by tensor name. select: names of the linears that `mode` turns into `EightBitLinear`; what the
-    file has in fp8 stays as it is there. edit: see `load_transformer`. on_host: names of tensors that end on
+    dtype: by tensor name. select: names of the linears that `mode` turns into a `QuantisedLinear`. edit: see `load_transformer`. on_host: names of tensors that end on
     the CPU, whatever the device is. Only one tensor at a time exists in another form than its last one. Names
     with the same origin share their tensor.
     """
@@ -116,9 +115,10 @@ def fill(
             continue
         first[origin] = name
         layer, _, parameter = name.rpartition(".")
-        if mode and select and parameter == "weight" and select(layer):
+        chosen = mode and select and parameter == "weight" and select(layer)
+        if chosen and quantisable(shapes[name], mode):
             weight = _quantised(source, origin, name, device, mode, edit)
-            made = _put_quantised(model, layer, weight)
+            made = _put_quantised(model, layer, weight, mode)
         else:
             value = _edited(_whole(source, origin, device), name, edit)
             made = {name: value.to(dtype(name)).view(shapes[name])}
@@ -128,21 +128,25 @@ def fill(
     model.eval()
 
 
-def _put_quantised(model: nn.Module, layer: str, weight: Quantised) -> dict[str, Tensor]:
-    """Put an empty EightBitLinear in the place of a linear, and return the tensors to fill it with."""
+def _put_quantised(model: nn.Module, layer: str, weight: Quantised, mode: Mode) -> dict[str, Tensor]:
+    """Put an empty QuantisedLinear in the place of a linear, and return the tensors to fill it with."""
     tensors = {f"{layer}.weight": weight.weight}
     if weight.scale is not None:
         tensors[f"{layer}.scale"] = weight.scale
     meta = [t if t is None else t.to("meta") for t in (weight.weight, weight.scale)]
-    model.set_submodule(layer, EightBitLinear(*meta, model.get_submodule(layer).bias))
+    model.set_submodule(layer, quantised_linear(Quantised(*meta), model.get_submodule(layer).bias, mode))
     return tensors
 
 
 def _quantised(
     source: Source, origin: Origin, name: str, device: torch.device | str, mode: Mode, edit: Edit | None
 ) -> Quantised:
-    """The weight in 8 bits: as the file has it where it is in fp8 already, and not edited."""
-    kept = all(source.dtype(key) == FP8 for key in origin.keys) and not origin.swapped
+    """The weight in few bits: as the file has it where it is in fp8 already, and not edited.
+
+    Four bits, and products of whole numbers, ask for another form than that.
+    """
+    in_fp8 = all(source.dtype(key) == FP8 for key in origin.keys) and not origin.swapped
+    kept = in_fp8 and mode not in ("nf4", "int8_fast")
     if not kept:
         return quantise(_edited(_whole(source, origin, device), name, edit), mode)
     weight = _stack([_part(source, key, device) for key in origin.keys])

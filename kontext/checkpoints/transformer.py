@@ -27,7 +27,8 @@ def load_transformer(
 ) -> Transformer:
     """Load a transformer, frozen and in evaluation mode.
 
-    quantization: "fp8" or "fp8_scaled" keeps the linears of the blocks, but for modulation, in 8 bits.
+    quantization: keeps the linears of the blocks, but for modulation, in few bits; see `quant.values`. What the
+    file has in fp8 stays as it is there, but for "nf4" and "int8_fast".
     edit: called with each tensor's BFL name (`double_blocks.0.img_attn.qkv.weight`) and its value, on
     `device`, in the file's dtype (float32 where that is fp8), before the value is cast or quantised. It
     returns the very same tensor, or a new one of any float dtype; it never changes the one it is given.

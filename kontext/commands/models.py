@@ -2,11 +2,15 @@
 
 import torch
 
+from kontext.console import notice
 from kontext.device import resolve_dtype
 from kontext.generation.parts import ModelFiles, Runtime
 from kontext.memory.placement import Placement
+from kontext.options.base import flag_name
 from kontext.options.generate import Generate
+from kontext.options.shared import WEIGHTS
 from kontext.options.train import Train
+from kontext.quant import FP8, Mode, supported
 
 
 def model_files(options: Generate | Train) -> ModelFiles:
@@ -27,7 +31,7 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
         dtype=resolve_dtype(dtype),
         vae_dtype=resolve_dtype(options.vae_dtype),
         vae_tiling=options.vae_tiling,
-        quantization="fp8_scaled" if options.fp8_scaled else "fp8" if options.fp8 else None,
+        quantization=quantization(options, device),
         attention=options.attn_mode,
         split_attention=options.split_attn,
         fp8_t5=options.fp8_t5,
@@ -35,6 +39,25 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
         keep=keep,
         placement=placement(options, device),
     )
+
+
+def quantization(options: Generate | Train, device: torch.device) -> Mode | None:
+    """How weights are kept: as asked, but that products in 8 bits need a device that has them."""
+    mode = next((name for form in WEIGHTS for name in form if getattr(options, name)), None)
+    plain: dict[str, tuple[Mode, torch.dtype]] = {
+        "fp8_fast": ("fp8_scaled", FP8),
+        "int8_fast": ("int8", torch.int8),
+    }
+    if mode in plain:
+        instead, dtype = plain[mode]
+        if not supported(device, dtype):
+            notice(
+                f"{flag_name(mode)}: {device} has no products of such numbers in 8 bits (fp8: RTX 40, H100 and later), or "
+                f"this PyTorch has none for it. The weights are kept as with {flag_name(instead)} and multiplied in the "
+                "precision of --dtype: as exact, not as fast."
+            )
+            return instead
+    return mode
 
 
 def placement(options: Generate | Train, device: torch.device) -> Placement:

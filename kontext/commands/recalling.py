@@ -10,8 +10,10 @@ from kontext.errors import UserError
 from kontext.generation.formats import read_settings
 from kontext.options.base import flag_name
 from kontext.options.generate import Generate
+from kontext.options.shared import WEIGHTS
 
-RUN_OPTIONS = ("dtype", "vae_dtype", "fp8", "fp8_scaled", "t5_max_length", "fp8_t5")
+WEIGHT_OPTIONS = tuple(name for form in WEIGHTS for name in form)
+RUN_OPTIONS = ("dtype", "vae_dtype", *WEIGHT_OPTIONS, "t5_max_length", "fp8_t5")
 """Options of a whole run that change its pictures; noted where they are not the default."""
 
 
@@ -47,11 +49,17 @@ def recall(options: Generate, path: Path) -> Generate:
     values = {name: read(settings[name]) for name, read in READ.items() if name in settings}
     values |= {"seed": settings["seeds"], "image_size": (settings["height"], settings["width"])}
     given = {name: getattr(options, name) for name in options.model_fields_set}
+    if given.keys() & set(WEIGHT_OPTIONS):  # another form of the weights takes the place of the picture's
+        values = {name: value for name, value in values.items() if name not in WEIGHT_OPTIONS}
     _compare_models(options, settings, path)
     try:
         recalled = Generate(**(values | given))
     except ValidationError as error:
         fault = error.errors()[0]
+        if not fault["loc"]:
+            raise UserError(
+                f"{path}: its settings do not go together ({fault['msg']}); they were changed after the picture was made."
+            ) from None
         name = str(fault["loc"][0])
         raise UserError(
             f"{path}: its setting for {flag_name(name)}, {values.get(name)!r}, is not valid ({fault['msg']}); it was "

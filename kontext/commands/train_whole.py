@@ -4,6 +4,7 @@ from kontext.checkpoints import open_source
 from kontext.device import resolve_dtype
 from kontext.errors import UserError
 from kontext.lora.as_loaded import AsLoaded
+from kontext.options.shared import WEIGHTS
 from kontext.options.train import Train
 from kontext.training.names import Names
 
@@ -18,8 +19,7 @@ REFUSED = {
     "dim_from_weights": ADAPTERS,
     "base_weights": "merge them first with kontext merge, and give the result as --dit",
     "scale_weight_norms": ADAPTERS,
-    "fp8": FROZEN.format("kept in 8 bits"),
-    "fp8_scaled": FROZEN.format("kept in 8 bits"),
+    **{name: FROZEN.format("kept in few bits") for form in WEIGHTS for name in form},
     "blocks_to_swap": FROZEN.format("streamed from the host"),
 }
 

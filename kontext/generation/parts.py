@@ -30,6 +30,7 @@ from kontext.memory.placement import Placement
 from kontext.memory.tiling import Mode, tile
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer
+from kontext.quant import Mode as Rounding
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class Runtime:
     weights: torch.dtype | None = None
     vae_dtype: torch.dtype = torch.float32
     vae_tiling: Mode = "auto"
-    quantization: str | None = None
+    quantization: Rounding | None = None
     attention: str = "sdpa"
     split_attention: bool = False
     fp8_t5: bool = False
@@ -73,7 +74,7 @@ class Loras:
 
     `attach` keeps them beside the weights instead of merging: slower by some percent, but multipliers can change
     between pictures without loading the transformer again. `merge` merges them even into weights that are then rounded
-    to 8 bits.
+    to 8 bits; 4 bits take no merge.
     """
 
     paths: tuple[Path, ...] = ()
@@ -144,16 +145,22 @@ def open_transformer(
     """Load the transformer with the LoRAs, each at its strength: merged in, or attached beside the weights.
 
     The second value is None after a merge; for attached LoRAs it holds their strengths, and a change of its
-    elements works from the next step on. Weights in 8 bits get them attached unless `loras.merge`: rounding after a
+    elements works from the next step on. Weights in few bits get them attached unless `loras.merge`: rounding after a
     merge would bury most of what a LoRA adds.
 
-    Raises UserError when no file was given for the transformer, and for LoRAs that do not fit.
+    Raises UserError when no file was given for the transformer, for LoRAs that do not fit, and for a merge into 4 bits.
     """
     path = _given(files.dit, "dit")
     say(f"Loading the transformer: {path}")
     source = open_source(path, "transformer")
     adapters = read_adapters(loras.paths, transformer_config(source))
     patterns = {"include_patterns": loras.include_patterns, "exclude_patterns": loras.exclude_patterns}
+    if adapters and loras.merge and runtime.quantization == "nf4":
+        raise UserError(
+            f"{loras.paths[0]} cannot be merged into weights of 4 bits: rounding moves them several times further "
+            "than a LoRA does. Attach it instead (--lora-attach, which generate does by itself), or use --fp8-scaled or "
+            "--int8 in place of --nf4."
+        )
     attach = bool(adapters) and not loras.merge and (loras.attach or runtime.quantization is not None)
     edit = merging(adapters, strengths, **patterns) if adapters and not attach else None
     model = load_transformer(

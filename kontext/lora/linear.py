@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kontext.lora.build import Misfit
 from kontext.lora.deltas import Delta
 from kontext.lora.fuse import fuse
-from kontext.quant import EightBitLinear
+from kontext.quant import QuantisedLinear
 
 
 class AdapterLinear(nn.Module):
@@ -146,6 +146,6 @@ def draw_normal(weight: Tensor, deviation: float, generator: torch.Generator) ->
 
 def plain_weight(base: nn.Module) -> Tensor:
     """The weight (out, in) that a linear of any kind acts with, in float32."""
-    if isinstance(base, EightBitLinear):
+    if isinstance(base, QuantisedLinear):
         return base.dequantised(torch.float32)
     return base.weight.detach().float()

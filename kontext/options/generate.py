@@ -101,7 +101,7 @@ class Loras(Options):
     )
     lora_attach: bool = option(
         "Keep LoRAs beside the weights instead of merging them in: some percent slower, exact in any precision. "
-        "Always so with 8-bit weights, and where strengths change between pictures.",
+        "Always so with weights in 8 or 4 bits, and where strengths change between pictures.",
         default=False,
     )
     save_merged_model: Path | None = option(

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Lt
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from kontext.options.base import Options, option
+from kontext.options.base import Options, flag_name, option
 
 SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -69,15 +69,37 @@ class Common(Options):
     debug: bool = option("Show the traceback of an error.", default=False, command_line_only=True)
 
 
+WEIGHTS = (("fp8_fast", "fp8_scaled", "fp8"), ("int8_fast", "int8"), ("nf4",))
+"""Options for weights in few bits, by form: those of one form go together, and the first that is given counts."""
+
+
 class Dit(Options):
     """Transformer (DiT)"""
 
     dit: Path = option("Weights of the transformer: a .safetensors file or a diffusers folder.")
     fp8: bool = option(
-        "Keep the weights of the transformer in 8 bits (plain cast).", default=False, aliases=("fp8_base",)
+        "Keep the weights of the blocks in 8 bits (plain cast).", default=False, aliases=("fp8_base",)
     )
     fp8_scaled: bool = option(
-        "Keep the weights of the transformer in 8 bits with one scale per tensor: closer to the original than --fp8.",
+        "Keep the weights of the blocks in 8 bits, with a scale for each 64 inputs: closer to the original than --fp8.",
+        default=False,
+    )
+    fp8_fast: bool = option(
+        "Also multiply in 8 bits, in training both ways: faster on RTX 40, H100 and later, less exact. Elsewhere it is "
+        "the same as --fp8-scaled.",
+        default=False,
+    )
+    int8: bool = option(
+        "Keep the weights of the blocks as whole numbers of 8 bits, with a scale for each 64 inputs: the closest of all.",
+        default=False,
+    )
+    int8_fast: bool = option(
+        "Also multiply whole numbers, in training both ways: faster from RTX 20 and A100 on. Large outliers cost it more "
+        "than --fp8-fast.",
+        default=False,
+    )
+    nf4: bool = option(
+        "Keep the weights of the blocks in 4 bits: half the memory of 8 bits, four times the error of fp8.",
         default=False,
     )
     attn_mode: Attention = option(
@@ -97,6 +119,14 @@ class Dit(Options):
         "kernel), the same to rounding. It has no use with the others.",
         default=False,
     )
+
+    @model_validator(mode="after")
+    def _one_form_of_weights(self) -> Self:
+        forms = [[name for name in names if getattr(self, name)] for names in WEIGHTS]
+        first = [flag_name(names[0]) for names in forms if names]
+        if len(first) > 1:
+            raise ValueError(f"{' and '.join(first)} exclude each other: weights are kept in one form.")
+        return self
 
 
 class Swapping(Options):

@@ -80,7 +80,7 @@ def training_fields(settings: Mapping[str, Any], facts: Facts) -> dict[str, str]
         "ss_max_train_steps": facts.steps,
         "ss_base_model_version": BASE_MODEL,
         "ss_optimizer": facts.optimizer,
-        "ss_fp8_base": settings["fp8"] or settings["fp8_scaled"],
+        "ss_fp8_base": settings["fp8"] or settings["fp8_scaled"] or settings["fp8_fast"],
         "ss_full_fp16": False,
         "ss_full_bf16": settings["full_bf16"],
         "ss_datasets": json.dumps(facts.datasets),

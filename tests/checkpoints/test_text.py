@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from kontext.checkpoints import load_clip, load_t5
 from kontext.errors import UserError
-from kontext.quant import FP8, EightBitLinear
+from kontext.quant import FP8, QuantisedLinear
 from tests.compare import relative_error
 
 CPU = {"device": "cpu", "dtype": torch.float32}
@@ -101,7 +101,7 @@ def test_t5_files_in_scaled_fp8(tiny_files, t5, tmp_path, fp8):
 
 def test_t5_in_fp8_is_close_and_small(tiny_files, t5):
     model = load_t5(tiny_files.t5, fp8=True, **CPU)
-    linears = {name for name, module in model.named_modules() if isinstance(module, EightBitLinear)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
     assert len(linears) == 14 and "encoder.block.1.layer.1.DenseReluDense.wo.linear" in linears
     difference = hidden(model, IDS) - hidden(t5, IDS)
     assert 1e-4 < difference.norm() / hidden(t5, IDS).norm() < 3e-2

@@ -10,12 +10,13 @@ from kontext.checkpoints import load_transformer, open_source, transformer_confi
 from kontext.checkpoints.transformer import rope_axes
 from kontext.errors import UserError
 from kontext.model.latents import position_ids
-from kontext.quant import FP8, EightBitLinear
-from tests import bfl_names, tiny
+from kontext.quant import FP8, ProductLinear, QuantisedLinear
+from tests import tiny
 from tests.compare import relative_error
 
 LAYOUTS = ("dit", "dit_prefixed", "dit_diffusers", "dit_sharded", "pipeline")
 CPU = {"device": "cpu", "dtype": torch.float32}
+MODES = ("fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4")
 QKV = "double_blocks.0.img_attn.qkv"
 
 
@@ -104,105 +105,42 @@ def test_axes_of_config_json_count(tiny_files, tmp_path):
     assert transformer_config(open_source(tmp_path, "transformer")).axes == (8, 8, 16)
 
 
-# ---- files in fp8 ----
-
-
-INPUT_SUFFIX = {"scale_weight": "scale_input", "weight_scale": "input_scale"}
-
-
-def to_scaled(state, suffix, shape=()):
-    """A file as ComfyUI writes it: the linears of blocks as fp8 times a factor, and one for their input."""
-    out = {"scaled_fp8": torch.zeros(2, dtype=FP8)} if suffix == "scale_weight" else {}
-    for name, value in state.items():
-        if "blocks." in name and value.ndim == 2:
-            layer, scale = name.removesuffix(".weight"), value.abs().max() / 448
-            out[name] = (value / scale).to(FP8)
-            out[f"{layer}.{suffix}"] = scale.reshape(shape)
-            out[f"{layer}.{INPUT_SUFFIX[suffix]}"] = torch.ones(shape)
-        else:
-            out[name] = value
-    return out
-
-
-def unscaled(state):
-    """The values that `to_scaled` leaves."""
-    values = {}
-    for name, value in state.items():
-        scale = value.abs().max() / 448
-        linear = "blocks." in name and value.ndim == 2
-        values[name] = (value / scale).to(FP8).float() * scale if linear else value
-    return values
-
-
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
-def test_scaled_fp8_files_are_dequantised(tiny_files, tmp_path, suffix, shape):
-    state = load_file(tiny_files.dit)
-    scaled = {f"model.diffusion_model.{k}": v for k, v in to_scaled(state, suffix, shape).items()}
-    save_file(scaled, tmp_path / "fp8.safetensors")
-    model = load_transformer(tmp_path / "fp8.safetensors", **CPU)
-    for name, value in unscaled(state).items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=0)
-
-
-def test_scaled_fp8_in_diffusers_names_keeps_a_factor_for_each_part(tiny_files, tmp_path):
-    state = load_file(tiny_files.dit_diffusers)
-    state["transformer_blocks.0.attn.to_k.weight"] *= 7
-    save_file(to_scaled(state, "weight_scale"), tmp_path / "fp8.safetensors")
-    expected = bfl_names.bfl_transformer(unscaled(state), tiny.DOUBLE, tiny.SINGLE)[f"{QKV}.weight"]
-    plain = load_transformer(tmp_path / "fp8.safetensors", **CPU)
-    kept = load_transformer(tmp_path / "fp8.safetensors", quantization="fp8_scaled", **CPU)
-    for weight in (plain.state_dict()[f"{QKV}.weight"], kept.get_submodule(QKV).dequantised(torch.float32)):
-        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_files_cast_to_fp8(tiny_files, tmp_path, dtype):
-    state = {name: value.to(dtype) for name, value in load_file(tiny_files.dit).items()}
-    save_file(state, tmp_path / "fp8.safetensors")
-    model = load_transformer(tmp_path / "fp8.safetensors", **CPU)
-    assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in state.items())
-
-
-@pytest.mark.parametrize("mode", ["fp8", "fp8_scaled"])
-def test_what_the_file_has_in_fp8_is_kept(tiny_files, tmp_path, mode):
-    state = load_file(tiny_files.dit)
-    state[f"{QKV}.weight"] = state[f"{QKV}.weight"].to(FP8)
-    save_file(state, tmp_path / "fp8.safetensors")
-    layer = load_transformer(tmp_path / "fp8.safetensors", quantization=mode, **CPU).get_submodule(QKV)
-    assert layer.scale is None
-    assert torch.equal(layer.weight.view(torch.uint8), state[f"{QKV}.weight"].view(torch.uint8))
-
-
-def test_other_quantisations_are_refused(tiny_files, tmp_path):
-    state = load_file(tiny_files.dit)
-    state[f"{QKV}.weight"] = torch.zeros(192, 64, dtype=torch.int8)
-    state[f"{QKV}.weight_scale"] = torch.ones(192, 1)
-    save_file(state, tmp_path / "int8.safetensors")
-    with pytest.raises(
-        UserError, match=r"int8.safetensors is quantised in a way .*torch.int8. Use the file in bf"
-    ):
-        load_transformer(tmp_path / "int8.safetensors", **CPU)
-
-
 # ---- quantising while loading ----
 
 
-@pytest.mark.parametrize(("mode", "bound"), [("fp8", 0.15), ("fp8_scaled", 0.12)])
+@pytest.mark.parametrize(
+    ("mode", "bound"),
+    [
+        ("fp8", 0.15),
+        ("fp8_scaled", 0.12),
+        ("fp8_fast", 0.2),
+        ("int8", 0.03),
+        ("int8_fast", 0.07),
+        ("nf4", 0.5),
+    ],
+)
 def test_quantised_models_compute_nearly_the_same(tiny_files, inputs, expected, mode, bound):
     model = load_transformer(tiny_files.dit_diffusers, quantization=mode, **CPU)
     error = (ours(model, inputs) - expected).norm() / expected.norm()
     assert 1e-4 < error < bound
 
 
-def test_what_is_quantised(tiny_files):
-    model = load_transformer(tiny_files.dit, quantization="fp8_scaled", **CPU)
-    names = {name for name, module in model.named_modules() if isinstance(module, EightBitLinear)}
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_quantised(tiny_files, mode, dtype):
+    """The blocks' linears on tokens; norms, modulation, embedders and final layer stay in the compute type."""
+    model = load_transformer(tiny_files.dit, device="cpu", dtype=dtype, quantization=mode)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
     double = ("img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2")
     expected = {f"double_blocks.{i}.{n}" for i in range(2) for n in double}
     expected |= {name.replace("img_", "txt_") for name in expected}
     expected |= {f"single_blocks.{i}.linear{n}" for i in range(2) for n in (1, 2)}
-    assert names == expected
+    assert layers.keys() == expected
+    inside = {f"{name}.{kind}" for name in layers for kind in ("weight", "scale")}
+    assert {t.dtype for name, t in model.state_dict().items() if name not in inside} == {dtype}
+    kept = {"nf4": torch.uint8, "int8": torch.int8, "int8_fast": torch.int8}.get(mode, FP8)
+    assert {layer.weight.dtype for layer in layers.values()} == {kept}
+    assert all((type(layer) is ProductLinear) == mode.endswith("_fast") for layer in layers.values())
 
 
 # ---- editing while loading ----
@@ -228,18 +166,6 @@ def test_edit_comes_before_quantising(tiny_files, mode):
     weight = layer.dequantised(torch.float32) if mode else layer.weight
     expected = load_file(tiny_files.dit)[f"{QKV}.weight"] + 1
     torch.testing.assert_close(weight, expected, rtol=0.07 if mode else 0, atol=0)
-
-
-def test_edit_of_a_file_in_fp8(tiny_files, tmp_path):
-    state = load_file(tiny_files.dit)
-    save_file(to_scaled(state, "scale_weight"), tmp_path / "fp8.safetensors")
-    model = load_transformer(tmp_path / "fp8.safetensors", quantization="fp8_scaled", edit=edit_qkv, **CPU)
-    edited = model.get_submodule(QKV).dequantised(torch.float32)
-    torch.testing.assert_close(edited, unscaled(state)[f"{QKV}.weight"] + 1, rtol=0.07, atol=0)
-    proj = model.get_submodule("double_blocks.0.img_attn.proj").dequantised(torch.float32)
-    torch.testing.assert_close(
-        proj, unscaled(state)["double_blocks.0.img_attn.proj.weight"], rtol=1e-6, atol=0
-    )
 
 
 # ---- wrong files ----

@@ -75,7 +75,7 @@ def test_blocks_of_their_own_strength(generate, tmp_path, lora):
     assert code == 2 and "'1:treble=2' is no strength. Write a number" in said
 
 
-@pytest.mark.parametrize("flag", ["--fp8", "--fp8-scaled"])
+@pytest.mark.parametrize("flag", ["--fp8", "--fp8-scaled", "--int8", "--nf4"])
 def test_a_lora_survives_quantisation(generate, tmp_path, lora, flag):
     """The LoRA's effect on the quantised model is its effect on the whole one, not lost to rounding."""
     small = ("--lora-weight", lora[0], "--lora-multiplier", 0.02)

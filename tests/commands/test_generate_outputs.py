@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kontext.commands.recalling import recall, run_settings
 from kontext.generation.formats import read_settings, save_picture
 from kontext.generation.outputs import Writer
+from kontext.options.generate import Generate
 
 
 @pytest.fixture
@@ -36,12 +38,24 @@ def test_a_picture_is_repeated_from_its_settings(generate, tmp_path, photo):
     assert not np.array_equal(Image.open(other), Image.open(first))
 
 
+def test_the_form_of_the_weights_may_be_another(tmp_path, tiny_files):
+    """It is noted with the picture, and gives way as a whole to the one that is asked for."""
+    assert run_settings(Generate(int8=True, int8_fast=True)) == {"int8": "true", "int8_fast": "true"}
+    settings = {"prompt": "x", "seeds": "1", "width": "64", "height": "64", "fp8": "true", "fp8_fast": "true"}
+    save_picture(tmp_path / "a.png", Image.new("RGB", (64, 64)), settings)
+    again = recall(Generate(), tmp_path / "a.png")
+    assert (again.fp8, again.fp8_fast, again.nf4) == (True, True, False)
+    other = recall(Generate(nf4=True), tmp_path / "a.png")
+    assert (other.fp8, other.fp8_fast, other.nf4) == (False, False, True)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"sampler": "magic"}, "its setting for --sampler, 'magic', is not valid"),
         ({"seeds": "-1"}, "its setting for --seed, '-1', is not valid"),
         ({"height": "tall"}, "its setting for --image-size"),
+        ({"fp8": "true", "nf4": "true"}, "--fp8 and --nf4 exclude each other"),
         (
             {"lora_weight": "style.safetensors"},
             "was made with the LoRA style.safetensors; give it with --lora-weight",

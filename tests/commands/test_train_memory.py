@@ -14,7 +14,14 @@ SHORT = ["--max-train-steps", "2", "--no-report"]
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--gradient-checkpointing"], ["--fp8-scaled", "--gradient-checkpointing"]]
+    "more",
+    [
+        [],
+        ["--gradient-checkpointing"],
+        ["--fp8-scaled", "--gradient-checkpointing"],
+        ["--nf4"],
+        ["--fp8-fast"],
+    ],
 )
 def test_streamed_blocks_change_no_digit(cached: Cached, tmp_path: Path, more: list[str]) -> None:
     written = []

@@ -276,7 +276,7 @@ def test_two_processes_train_as_one(cached: Cached, tmp_path: Path) -> None:
         ("--base-weights a.safetensors", "merge them first with kontext merge"),
         (
             "--fp8-scaled",
-            "--fp8-scaled with --network-module none: weights that are trained cannot be kept in 8 bits",
+            "--fp8-scaled with --network-module none: weights that are trained cannot be kept in few bits",
         ),
         ("--blocks-to-swap 1", "cannot be streamed from the host"),
         (

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_a_lora_is_merged_into_whole_weights_and_attached_to_quantised_ones(tiny
     assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.5), atol=1e-6)
     strengths[:] = [Strength(0.25)]
     assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.25), atol=1e-6)
+
+
+def test_no_lora_is_merged_into_weights_of_4_bits(tiny_files, lora):
+    """Not even where merging is asked for, as --base-weights does: it says what to do instead."""
+    files, runtime = ModelFiles(dit=tiny_files.dit), replace(RUNTIME, quantization="nf4")
+    with pytest.raises(
+        UserError, match="a.safetensors cannot be merged into weights of 4 bits.*--lora-attach"
+    ):
+        open_transformer(files, runtime, replace(lora, merge=True), lora.multipliers)
+    open_transformer(files, runtime, Loras(merge=True), ())
 
 
 @pytest.mark.parametrize(

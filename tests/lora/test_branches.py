@@ -9,6 +9,7 @@ from kontext.lora.branches import attach_adapters
 from kontext.lora.deltas import Change, Decomposed, Delta, Difference, Hadamard, Kronecker, LowRank, Target
 from kontext.lora.files import AdapterFile, save_lora
 from kontext.lora.merge import merging
+from kontext.quant import dequantise, quantise
 from tests.lora.models import CONFIG, relative_error
 from tests.lora.reference import read
 from tests.lora.test_merge import adapted, velocity
@@ -72,8 +73,8 @@ def test_strengths_change_between_passes(tmp_path: Path, tiny_files):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantization", ["fp8", "fp8_scaled"])
-def test_beside_an_fp8_base_nothing_of_the_adapter_is_rounded(tmp_path: Path, tiny_files, quantization):
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_scaled", "int8", "nf4"])
+def test_beside_rounded_weights_nothing_of_the_adapter_is_rounded(tmp_path: Path, tiny_files, quantization):
     def load(edit=None):
         return load_transformer(
             tiny_files.dit, device="cpu", dtype=torch.float32, quantization=quantization, edit=edit
@@ -89,6 +90,25 @@ def test_beside_an_fp8_base_nothing_of_the_adapter_is_rounded(tmp_path: Path, ti
         x, edit(f"{layer}.weight", base.dequantised(torch.float32)), base.bias
     )
     assert relative_error(attached.get_submodule(layer)(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("mode", "times"), [("fp8", 2.5), ("fp8_scaled", 2), ("nf4", 4)])
+def test_merging_before_rounding_would_bury_an_adapter(mode, times):
+    """Why adapters stay beside rounded weights: an adapter of 1 % of a weight drowns in its own rounding.
+
+    Beside them, the weight that acts differs from the rounded one by the adapter and nothing else.
+    """
+
+    def rounded(weight):
+        quantised = quantise(weight, mode)
+        return dequantise(quantised.weight, quantised.scale, torch.float32)
+
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(256, 1024, generator=generator)
+    change = torch.randn(256, 8, generator=generator) @ torch.randn(8, 1024, generator=generator)
+    change *= 0.01 * weight.norm() / change.norm()
+    noise = rounded(weight + change) - rounded(weight) - change
+    assert noise.norm() > times * change.norm()
 
 
 def test_norms_cannot_be_attached(tiny_files):

@@ -13,7 +13,7 @@ from kontext.lora.adapter import Size, attach, targets, wrap
 from kontext.lora.dora import DoraLinear
 from kontext.lora.files import load_weights, save_lora
 from kontext.lora.linear import AdapterLinear
-from kontext.quant import EightBitLinear, quantise
+from kontext.quant import QuantisedLinear, quantise
 from tests.lora.effective import effective, our_model
 from tests.lora.models import relative_error
 from tests.lora.reference import assert_same_change, base_weights, merged_by_us, randomise_adapter, read, save
@@ -86,15 +86,15 @@ def test_a_new_adapter_changes_nothing():
     assert module.lora_down.weight.std() > 0
 
 
-@pytest.mark.parametrize("mode", ["fp8", "fp8_scaled"])
-def test_it_stands_on_weights_in_8_bits(mode: str):
+@pytest.mark.parametrize("mode", ["fp8", "fp8_scaled", "int8", "nf4"])
+def test_it_stands_on_weights_in_few_bits(mode: str):
     torch.manual_seed(0)
     base = nn.Linear(128, 48)
     rounded = quantise(base.weight.detach(), mode)
-    eight = EightBitLinear(rounded.weight, rounded.scale, base.bias.detach())
+    few = QuantisedLinear(rounded.weight, rounded.scale, base.bias.detach())
     plain = nn.Linear(128, 48)
-    plain.load_state_dict({"weight": eight.dequantised(torch.float32), "bias": base.bias})
-    ours, same = (DoraLinear(b, rank=RANK, alpha=ALPHA) for b in (eight, plain))
+    plain.load_state_dict({"weight": few.dequantised(torch.float32), "bias": base.bias})
+    ours, same = (DoraLinear(b, rank=RANK, alpha=ALPHA) for b in (few, plain))
     for module in (ours, same):
         module.draw(torch.Generator().manual_seed(1))
         nn.init.constant_(module.lora_up.weight, 0.1)

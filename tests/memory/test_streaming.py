@@ -6,9 +6,12 @@ import time
 import pytest
 import torch
 
+from kontext.checkpoints import load_transformer
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.streaming import Slab, Streamed, ThreadCopier, stream_blocks, streamed_indices
 from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.quant import FP8
+from tests import tiny
 
 CONFIG = TransformerConfig(16, 16, 8, 8, 32, 2, 64, 3, 5, (4, 6, 6), 1e4, True)
 
@@ -54,14 +57,14 @@ def test_sampling_is_bit_equal(slow_copies, blocks_to_swap, slots):
             assert torch.equal(model(*inputs()), reference(*inputs()))
 
 
-def train(model, *, recompute):
+def train(model, *, recompute, given=None):
     """Three steps' worth of gradients for a trained offset in front of all blocks."""
     if recompute:
         recompute_blocks(model)
-    offset = torch.zeros(16, requires_grad=True)
+    img, *rest = given or inputs()
+    offset = torch.zeros(img.shape[-1], requires_grad=True)
     gradients = []
     for _ in range(3):
-        img, *rest = inputs()
         (gradient,) = torch.autograd.grad(model(img + offset, *rest).square().mean(), offset)
         gradients.append(gradient)
     return torch.stack(gradients)
@@ -156,3 +159,32 @@ def test_slab_holds_frozen_tensors_only():
 )
 def test_streamed_blocks_are_spread(total, count, expected):
     assert streamed_indices(total, count) == expected
+
+
+@pytest.mark.parametrize("mode", ["fp8_fast", "int8", "nf4"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_weights_in_few_bits(tiny_files, slow_copies, mode, recompute):
+    """Rounded weights and their scales travel in the same slab, and autograd finds both again."""
+
+    def loaded():
+        return load_transformer(tiny_files.dit, device="cpu", dtype=torch.float32, quantization=mode)
+
+    model, device = loaded(), torch.device("cpu")
+    stream_blocks(model, "max", device)
+    assert any(piece.dtype in (FP8, torch.int8, torch.uint8) for piece in model_ring(model).slabs[0].pieces)
+    streamed, resident = (train(m, recompute=recompute, given=tiny_inputs()) for m in (model, loaded()))
+    assert torch.equal(streamed, resident) and streamed.any()
+
+
+def tiny_inputs():
+    """Of the model in `tiny_files`: 6 image tokens, 3 text tokens."""
+    g = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(2, 6, 64, generator=g),
+        torch.zeros(1, 6, 3),
+        torch.randn(2, 3, tiny.CONTEXT_WIDTH, generator=g),
+        torch.zeros(1, 3, 3),
+        torch.rand(2, generator=g),
+        torch.randn(2, tiny.VECTOR_WIDTH, generator=g),
+        torch.ones(2),
+    )

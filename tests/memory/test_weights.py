@@ -45,8 +45,9 @@ def really_placed(model: Transformer) -> Placed:
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "mode"),
-    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "fp8"), (torch.bfloat16, "fp8_scaled")],
-)
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "fp8"), (torch.bfloat16, "fp8_scaled"),
+     (torch.bfloat16, "fp8_fast"), (torch.bfloat16, "nf4")],
+)  # fmt: skip
 def test_equal_to_a_loaded_model(tiny_files, placement, dtype, mode):
     model = load_transformer(
         tiny_files.dit, device=CPU, dtype=dtype, quantization=mode, on_host=placement.on_host

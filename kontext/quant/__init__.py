@@ -1,0 +1,24 @@
+"""Linears whose weights are kept in few bits: 8-bit floats, 8-bit whole numbers, or 4 bits.
+
+`values` rounds weights and restores them, `four` does so for 4 bits, `products` multiplies 8-bit numbers by 8-bit
+numbers, `linear` has the layers.
+"""
+
+from kontext.quant.linear import ProductLinear, QuantisedLinear, quantised_linear
+from kontext.quant.products import supported
+from kontext.quant.values import BLOCK, FP8, Mode, Quantised, dequantise, quantisable, quantise, stored_bytes
+
+__all__ = [
+    "BLOCK",
+    "FP8",
+    "Mode",
+    "ProductLinear",
+    "Quantised",
+    "QuantisedLinear",
+    "dequantise",
+    "quantisable",
+    "quantise",
+    "quantised_linear",
+    "stored_bytes",
+    "supported",
+]

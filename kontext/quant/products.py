@@ -1,0 +1,124 @@
+"""Products of 8-bit numbers: what GPUs do at twice the rate of 16 bits, or more.
+
+A frozen weight W (out, in) = s_w * W_q has one scale per row (out, 1). Activations are rounded on the fly, with one
+scale per token: X = s_x * X_q.
+
+    forward   Y  = s_x * (X_q W_q^T) * s_w^T
+    backward  dX = dY W = (dY * s_w^T) W_q      the scale of the weight's rows lies along the sum, where no product
+                                                takes one; folded into dY before dY is rounded, it needs none
+
+so that one set of values serves both directions. Relative error of a product with normal weights and activations:
+0.037 in fp8, 0.012 in int8, forward and backward alike.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kontext.quant.values import FP8, FP8_MAX, INT8_MAX
+
+LEAST_ROWS = 32  # cuBLAS multiplies whole numbers from 17 rows on
+
+
+def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x W^T + b. x (..., in) of any float type, also the result's (..., out).
+
+    weight (out, in) fp8 or int8; scale (out, 1) or None for ones; bias (out,) or None. Sizes are multiples of 16.
+    """
+    rows, by_row = round_rows(x.flatten(0, -2), weight.dtype)
+    out = _product(rows, weight.t(), by_row, scale, bias, x.dtype)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def multiply_back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The gradient (..., in) of `multiply`'s x, of the gradient (..., out) of its result."""
+    folded = gradient if scale is None else gradient * scale.view(-1)
+    rows, by_row = round_rows(folded.flatten(0, -2), weight.dtype)
+    out = _product(rows, weight, by_row, None, None, gradient.dtype)
+    return out.unflatten(0, gradient.shape[:-1])
+
+
+def supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` multiplies numbers of this 8-bit type, with a scale per row.
+
+    Asked of the device itself: fp8 needs compute capability 8.9 (RTX 40, H100), and torch came to it card by card.
+    """
+    if device.type == "cpu":
+        return True
+    x, weight = (
+        torch.ones(LEAST_ROWS, 32, device=device, dtype=torch.bfloat16),
+        torch.ones(16, 32, device=device),
+    )
+    try:
+        out = multiply(x, weight.to(dtype), None, None)
+    except (RuntimeError, ValueError):
+        return False
+    return bool((out == 32).all())
+
+
+def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (n, k) in 8 bits, and float32 scales (n, 1) such that the largest value of each row uses the whole range.
+
+    bfloat16 is divided as it is, which costs one pass less than float32; its range holds every scale.
+    """
+    wide = x if x.dtype == torch.bfloat16 else x.float()
+    largest = torch.linalg.vector_norm(wide, torch.inf, dim=-1, keepdim=True)
+    scale = (largest / (FP8_MAX if dtype == FP8 else INT8_MAX)).clamp(min=1e-30)
+    values = wide / scale
+    if dtype == FP8:
+        return values.to(FP8), scale.float()
+    return values.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale.float()
+
+
+def _product(
+    rows: Tensor,
+    columns: Tensor,
+    by_row: Tensor,
+    by_column: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """by_row * (rows @ columns) * by_column + bias: rows (n, k), columns (k, m), by_row (n, 1), by_column (m, 1)."""
+    if (
+        rows.is_cuda
+    ):  # tensor cores want the summed axis of both to be the inner one: W is turned for dX, 6 ms a step
+        columns = columns.t().contiguous().t()
+    if rows.dtype == FP8:
+        return _fp8_product(rows, columns, by_row, by_column, bias, dtype)
+    out = _whole_product(rows, columns) * by_row
+    if by_column is not None:
+        out *= by_column.float().view(1, -1)
+    if bias is not None:
+        out += bias
+    return out.to(dtype)
+
+
+def _whole_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ columns in int32."""
+    missing = LEAST_ROWS - len(rows)
+    if missing <= 0:
+        return torch._int_mm(rows, columns)
+    return torch._int_mm(F.pad(rows, (0, 0, 0, missing)), columns)[: len(rows)]
+
+
+def _fp8_product(
+    rows: Tensor,
+    columns: Tensor,
+    by_row: Tensor,
+    by_column: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """CUDA writes bfloat16 alone when rows have scales; what is lost is small beside 8 bits."""
+    written = torch.bfloat16 if rows.is_cuda else dtype
+    ones = by_row.new_ones(1, columns.shape[1])
+    out = torch._scaled_mm(
+        rows,
+        columns,
+        scale_a=by_row,
+        scale_b=ones if by_column is None else by_column.float().view(1, -1),
+        bias=None if bias is None else bias.to(written),
+        out_dtype=written,
+        use_fast_accum=True,
+    )
+    return out.to(dtype)
