@@ -5,20 +5,28 @@ import torch
 
 from kontext import console
 from kontext.errors import UserError
+from kontext.processes import local_rank
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device. Raises UserError when that GPU is not there."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device. Raises UserError when that GPU is not there.
+
+    Of several processes on a machine each takes a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None and (number := local_rank()) is not None:
+        device = torch.device("cuda", number)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU. Use --device cpu, or install "
             "a build of PyTorch for your GPU (https://pytorch.org/get-started/locally)."
         )
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0.")
+        raise UserError(
+            f"--device {name}: there is no {device}; there are {torch.cuda.device_count()} GPUs, counted from cuda:0."
+        )
     return device
 
 

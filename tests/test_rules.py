@@ -16,7 +16,14 @@ from kontext.options import COMMANDS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kontext"
 
-GROUND = {"errors", "console", "files", "device", "__version__"}  # what every part above the maths may use
+GROUND = {
+    "errors",
+    "console",
+    "files",
+    "device",
+    "processes",
+    "__version__",
+}  # what every part above the maths may use
 MATHS = {"model", "flow", "denoiser", "sampler", "timesteps", "quant", "memory", "backends"}
 BELOW_COMMANDS = GROUND | MATHS | {"checkpoints", "lora", "data", "generation", "training"}
 
@@ -41,7 +48,8 @@ LAYERS: dict[str, set[str]] = {
     "denoiser": {"model"},
     "flow": set(),
     "model": {"errors"},
-    "device": {"errors", "console"},
+    "device": {"errors", "console", "processes"},
+    "processes": {"errors"},
     "files": {"errors"},
     "console": set(),
     "errors": set(),

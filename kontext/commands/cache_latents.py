@@ -2,19 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kontext import console
 from kontext.checkpoints import Source, load_autoencoder, open_source
-from kontext.commands.caching import Work, find_work, finish
+from kontext.commands.caching import Done, Work, find_work, finish
 from kontext.data.encode import encode_latents
 from kontext.data.fingerprints import weights_fingerprint
 from kontext.data.items import Skips
-from kontext.data.plan import Block, Entry, plan_blocks
+from kontext.data.plan import Entry, plan_blocks
 from kontext.data.sheet import contact_sheet
 from kontext.device import resolve_device, resolve_dtype
 from kontext.errors import UserError
@@ -24,25 +23,37 @@ from kontext.model.autoencoder import Autoencoder
 from kontext.model.latents import LATENT_FACTOR
 from kontext.options.base import need
 from kontext.options.cache import CacheLatents
+from kontext.processes import Processes, joined
 
 PREPARATION = "lanczos 1"
 """How pictures are brought to size; another word here makes every cache stale."""
 
 
 def run(options: CacheLatents) -> None:
-    """Do what the options ask for."""
-    skips = Skips(options.strict)
-    if options.debug_mode:
-        _show(plan_blocks(options.dataset_config, skips), options)
-        skips.show()
-        return
+    """Do what the options ask for, together with the other processes of the launch."""
+    with joined() as crew:
+        if options.debug_mode:
+            crew.first(lambda: _show(options))
+        else:
+            _fill(options, crew)
+
+
+def _fill(options: CacheLatents, crew: Processes) -> None:
     need(options, "vae", because="to encode pictures")
-    assert options.vae is not None
-    encoder = _fingerprint(open_source(options.vae, "autoencoder"), options.vae_dtype)
-    blocks = plan_blocks(options.dataset_config, skips)
-    work = find_work(blocks, "latents", encoder=encoder, skip_existing=options.skip_existing)
-    written = _encode(work, options, encoder, skips) if work.todo else []
-    finish(work, written, skips, keep_cache=options.keep_cache)
+    vae, done = options.vae, Done(Skips(options.strict))
+    assert vae is not None
+    encoder = crew.first(lambda: _fingerprint(open_source(vae, "autoencoder"), options.vae_dtype))
+    work = find_work(
+        options.dataset_config,
+        "latents",
+        done.skips,
+        crew,
+        encoder=encoder,
+        skip_existing=options.skip_existing,
+    )
+    if work.mine:
+        _encode(work, options, encoder, done, crew)
+    finish(work, done, crew, keep_cache=options.keep_cache)
 
 
 def _fingerprint(source: Source, dtype: str) -> str:
@@ -50,33 +61,28 @@ def _fingerprint(source: Source, dtype: str) -> str:
     return weights_fingerprint(source.files, json.dumps(settings, sort_keys=True))
 
 
-def _encode(work: Work, options: CacheLatents, encoder: str, skips: Skips) -> list[Entry]:
-    """Encode what is to be done; tell what pictures of unusual kinds became."""
-    workers = _workers(len(work.todo)) if options.num_workers is None else options.num_workers
-    notes: dict[str, set[Path]] = {}
-    written = []
+def _encode(work: Work, options: CacheLatents, encoder: str, done: Done, crew: Processes) -> None:
+    """Encode this process' share, and note in `done` what was written and what became of unusual pictures."""
+    workers = _workers(len(work.mine), crew.here) if options.num_workers is None else options.num_workers
     pictures = encode_latents(
-        work.todo,
+        work.mine,
         _encoder(options),
         encoder=encoder,
         batch_size=options.batch_size,
         workers=workers,
-        skips=skips,
+        skips=done.skips,
     )
-    with console.progress("Latents", total=len(work.todo), unit="item") as bar:
+    with console.progress("Latents", total=len(work.mine), unit="item") as bar:
         for each in pictures:
-            written.append(each.entry)
+            done.written.append(each.entry)
             for path, note in each.notes:
-                notes.setdefault(note, set()).add(path)
+                done.notes.setdefault(note, set()).add(path)
             bar.advance()
-    for note, paths in notes.items():
-        console.notice(f"{note}: {len(paths)} pictures, {min(paths)}{' ...' if len(paths) > 1 else ''}")
-    return written
 
 
-def _workers(items: int) -> int:
-    """Few pictures are read faster than processes start."""
-    return min((os.cpu_count() or 1) - 1, 8, items // 8)
+def _workers(items: int, here: int) -> int:
+    """Few pictures are read faster than processes start. here: processes of the launch that share the processors."""
+    return min(max((os.cpu_count() or 1) // here - 1, 0), 8, items // 8)
 
 
 def _encoder(options: CacheLatents) -> Callable[[Tensor], Tensor]:
@@ -99,16 +105,18 @@ def _encoder(options: CacheLatents) -> Callable[[Tensor], Tensor]:
 # ---- looking at the dataset ----
 
 
-def _show(blocks: Sequence[Block], options: CacheLatents) -> None:
-    entries = [entry for block in blocks for entry in block.entries]
+def _show(options: CacheLatents) -> None:
+    skips = Skips(options.strict)
+    entries = [entry for block in plan_blocks(options.dataset_config, skips) for entry in block.entries]
     shown = entries[: options.debug_items]
     if options.debug_mode == "console":
         columns = ("target", "size", "becomes", "references", "become", "caption")
         console.table(f"{len(shown)} of {len(entries)} items", columns, [_row(e) for e in shown], asked=True)
-        return
-    with atomic_write(options.debug_output) as temporary:
-        contact_sheet(shown).save(temporary, format="PNG")
-    console.say(f"{len(shown)} of {len(entries)} items are on {options.debug_output}.")
+    else:
+        with atomic_write(options.debug_output) as temporary:
+            contact_sheet(shown).save(temporary, format="PNG")
+        console.say(f"{len(shown)} of {len(entries)} items are on {options.debug_output}.")
+    skips.show()
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

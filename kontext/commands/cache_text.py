@@ -16,15 +16,15 @@ from kontext.checkpoints import (
     load_t5_tokenizer,
     open_source,
 )
-from kontext.commands.caching import find_work, finish
+from kontext.commands.caching import Done, find_work, finish
 from kontext.data.encode import encode_texts
 from kontext.data.fingerprints import weights_fingerprint
 from kontext.data.items import Skips
-from kontext.data.plan import plan_blocks
 from kontext.device import resolve_device, resolve_dtype
 from kontext.model.text import encode_clip, encode_t5
 from kontext.options.base import need
 from kontext.options.cache import CacheText
+from kontext.processes import Processes, joined
 
 PROBE = "Make the sky RED, and 3 cats' fur naïve -- 森 🐈"
 """A text whose tokens tell tokenizers apart that have the same vocabulary."""
@@ -39,25 +39,35 @@ class Tokenizers:
 
 
 def run(options: CacheText) -> None:
-    """Do what the options ask for."""
+    """Do what the options ask for, together with the other processes of the launch."""
+    with joined() as crew:
+        _fill(options, crew)
+
+
+def _fill(options: CacheText, crew: Processes) -> None:
     need(options, "text_encoder1", "text_encoder2", because="to encode captions")
     t5, clip = open_source(options.text_encoder1, "T5"), open_source(options.text_encoder2, "CLIP")
     tokenizers = Tokenizers(
         load_t5_tokenizer(options.tokenizer1, options.text_encoder1),
         load_clip_tokenizer(options.tokenizer2, options.text_encoder2),
     )
-    encoder = _fingerprint(t5, clip, tokenizers, options)
-    skips = Skips(options.strict)
-    blocks = plan_blocks(options.dataset_config, skips)
-    work = find_work(blocks, "text", encoder=encoder, skip_existing=options.skip_existing)
-    written = []
-    if work.todo:
+    encoder = crew.first(lambda: _fingerprint(t5, clip, tokenizers, options))
+    done = Done(Skips(options.strict))
+    work = find_work(
+        options.dataset_config,
+        "text",
+        done.skips,
+        crew,
+        encoder=encoder,
+        skip_existing=options.skip_existing,
+    )
+    if work.mine:
         encode = _encoder(options, tokenizers)
-        with console.progress("Text embeddings", total=len(work.todo), unit="item") as bar:
-            for entry in encode_texts(work.todo, encode, encoder=encoder, batch_size=options.batch_size):
-                written.append(entry)
+        with console.progress("Text embeddings", total=len(work.mine), unit="item") as bar:
+            for entry in encode_texts(work.mine, encode, encoder=encoder, batch_size=options.batch_size):
+                done.written.append(entry)
                 bar.advance()
-    finish(work, written, skips, keep_cache=options.keep_cache)
+    finish(work, done, crew, keep_cache=options.keep_cache)
 
 
 def _fingerprint(t5: Source, clip: Source, tokenizers: Tokenizers, options: CacheText) -> str:
