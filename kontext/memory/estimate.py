@@ -49,12 +49,17 @@ class Stage:
     def host(self) -> int:
         return sum(part.host for part in self.parts)
 
+    def beside(self, parts: Sequence[Part]) -> "Stage":
+        """The same while `parts` are there too."""
+        return Stage(self.name, (*parts, *self.parts))
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Stages one after another: the peak is that of the largest."""
+    """Stages one after another: the peak is that of the largest. context: bytes that the device itself takes."""
 
     stages: tuple[Stage, ...]
+    context: int = CONTEXT
 
     @property
     def largest(self) -> Stage:
@@ -63,16 +68,17 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes on the device."""
-        return self.largest.device
+        return self.largest.device + self.context
 
     @property
     def host(self) -> int:
+        """Bytes on the host, at most."""
         return max(stage.host for stage in self.stages)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One pass of the transformer: tokens of all items (text, target and references), bytes of a number."""
+    """One pass of the transformer: tokens of an item (text, target and references), bytes of a number."""
 
     batch: int
     tokens: int
@@ -84,7 +90,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """What is learned: its numbers (all float32), the optimizer's bytes for them, and the sum of its ranks.
+    """What is learned beside the weights: its numbers (float32), the optimizer's bytes for them, the sum of its ranks.
 
     averaged: whether a moving average of it is kept.
     """
@@ -93,6 +99,24 @@ class Trained:
     optimizer: int
     ranks: int = 0
     averaged: bool = False
+
+    def parts(self) -> tuple[Part, ...]:
+        """What is there all the time."""
+        copies = 2 if self.averaged else 1
+        return (
+            Part("adapter", copies * self.parameters * FLOAT32),
+            Part("optimizer", self.optimizer),
+        )
+
+
+def weight_parts(placed: Placed) -> tuple[Part, ...]:
+    return Part("weights", placed.device, placed.host), Part("ring of streamed blocks", placed.ring)
+
+
+def modulation(config: TransformerConfig, work: Work, times: int) -> Part:
+    """The vectors that the blocks are modulated with, computed for `times` passes together."""
+    vectors = (12 * config.double_blocks + 3 * config.single_blocks) * config.width
+    return Part("modulation vectors", times * work.batch * vectors * work.itemsize)
 
 
 def kept_units(config: TransformerConfig, policy: Policy) -> float:
@@ -113,68 +137,52 @@ def activations(config: TransformerConfig, work: Work, policies: Sequence[Policy
 
 
 def training(
-    weights: Weights, placed: Placed, trained: Trained, work: Work, policies: Sequence[Policy]
+    weights: Weights,
+    placed: Placed,
+    trained: Trained,
+    work: Work,
+    policies: Sequence[Policy],
+    *,
+    ahead: int = 1,
 ) -> Stage:
-    """The step: backward through the last block, or the optimizer's turn if that takes more.
+    """A step: backward through one block, or the optimizer's turn if that takes more.
 
-    policies: of each block in turn.
+    policies: of each block in turn. ahead: items whose modulation is computed together.
     """
     config, numbers = weights.config, trained.parameters * FLOAT32
-    fixed = (
-        *_weights(placed),
-        Part("adapter", numbers * (2 if trained.averaged else 1)),
-        Part("gradients", numbers),
-        Part("optimizer", trained.optimizer),
-        Part("CUDA context", CONTEXT),
-    )
+    fixed = (*weight_parts(placed), *trained.parts(), Part("gradients", numbers))
     kept = activations(config, work, policies, ranks=trained.ranks)
-    block = Part("one block at work", BACKWARD_UNITS * work.unit(config) + weights.scratch)
-    if kept.device + block.device < numbers:  # the optimizer's own copies, when activations are gone
-        return Stage("training", (*fixed, Part("optimizer at work", numbers, kept.host)))
-    return Stage("training", (*fixed, kept, block))
+    busy = (
+        kept,
+        modulation(config, work, -(-ahead // work.batch)),
+        Part("one block at work", BACKWARD_UNITS * work.unit(config) + weights.scratch),
+    )
+    if sum(part.device for part in busy) < numbers:  # the optimizer's own copies, when activations are gone
+        return Stage("a step of the optimizer", (*fixed, Part("copies at work", numbers)))
+    return Stage("a training step", (*fixed, *busy))
 
 
-def denoising(weights: Weights, placed: Placed, work: Work, *, steps: int, adapter: int = 0) -> Stage:
-    """All steps of a picture. adapter: bytes of LoRAs beside the weights."""
+def denoising(weights: Weights, placed: Placed, work: Work, *, steps: int) -> Stage:
+    """All steps of a picture."""
     config = weights.config
-    vectors = (12 * config.double_blocks + 3 * config.single_blocks) * config.width
-    return Stage(
-        "denoising",
-        (
-            *_weights(placed),
-            Part("adapter", adapter),
-            Part("modulation of all steps", work.batch * steps * vectors * work.itemsize),
-            Part("one block at work", FORWARD_UNITS * work.unit(config) + weights.scratch),
-            Part("CUDA context", CONTEXT),
-        ),
-    )
+    busy = Part("one block at work", FORWARD_UNITS * work.unit(config) + weights.scratch)
+    return Stage("denoising", (*weight_parts(placed), modulation(config, work, steps), busy))
 
 
-def _weights(placed: Placed) -> tuple[Part, ...]:
-    return Part("weights", placed.device, placed.host), Part("ring of streamed blocks", placed.ring)
-
-
-def encoding_text(weights: int, *, heads: int, length: int, width: int, scratch: int = 0) -> Stage:
+def reading_text(weights: int, *, heads: int, length: int, width: int, scratch: int = 0) -> Stage:
     """T5 and CLIP together, of `weights` bytes. heads, width: T5's; scratch: a quantised weight made plain."""
-    scores = 3 * heads * length**2 * FLOAT32
-    parts = (
-        Part("weights", weights),
-        Part("at work", scores + 8 * length * width * FLOAT32 + scratch),
-        Part("CUDA context", CONTEXT),
-    )
-    return Stage("reading the prompt", parts)
+    work = 3 * heads * length**2 * FLOAT32 + 8 * length * width * FLOAT32 + scratch
+    return Stage("reading the prompt", (Part("weights", weights), Part("at work", work)))
 
 
 def encoding_picture(config: AutoencoderConfig, weights: int, *, pixels: int, itemsize: int) -> Stage:
     """The worst moment is at full resolution: input, two convolutions, norm and activation of a block."""
     live = 5 if config.res_blocks > 1 else 4
-    return _picture("encoding the reference", weights, live * config.widths[0] * pixels * itemsize)
+    work = Part("at work", live * config.widths[0] * pixels * itemsize)
+    return Stage("encoding a reference", (Part("autoencoder", weights), work))
 
 
 def decoding_picture(config: AutoencoderConfig, weights: int, *, pixels: int, itemsize: int) -> Stage:
     """The worst moment is the first block of full resolution: input, norm and activation of the level below's width."""
-    return _picture("decoding", weights, 3 * config.widths[1] * pixels * itemsize)
-
-
-def _picture(name: str, weights: int, live: int) -> Stage:
-    return Stage(name, (Part("weights", weights), Part("at work", live), Part("CUDA context", CONTEXT)))
+    work = Part("at work", 3 * config.widths[1] * pixels * itemsize)
+    return Stage("decoding the picture", (Part("autoencoder", weights), work))
