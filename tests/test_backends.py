@@ -109,4 +109,4 @@ def test_parts_spare_a_kernel_that_holds_all_scores(monkeypatch):
         with Live() as live:
             each(q, k, v)
         peaks.append(live.peak)
-    assert peaks[0] > 2 * 2**24 and peaks[1] < 3 * 2**21
+    assert peaks[0] >= 2 * 2**24 and peaks[1] < 3 * 2**21
