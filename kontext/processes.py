@@ -64,6 +64,9 @@ class Processes:
         return values
 
 
+ALONE = Processes()
+
+
 def _together(talk: Callable[[], None]) -> None:
     try:
         talk()
@@ -82,7 +85,7 @@ def local_rank() -> int | None:
 def joined() -> Iterator[Processes]:
     """All processes of the launch, connected; a program that was started by hand is alone."""
     if local_rank() is None:
-        yield Processes()
+        yield ALONE
         return
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:

@@ -11,7 +11,7 @@ from kontext.commands.conversing import converse
 from kontext.commands.merge import merge_into_checkpoint
 from kontext.commands.models import model_files, model_runtime
 from kontext.commands.recalling import recall, run_settings
-from kontext.console import table
+from kontext.console import say, table
 from kontext.device import resolve_device
 from kontext.errors import UserError
 from kontext.generation.batch import run_batch
@@ -23,32 +23,45 @@ from kontext.generation.request import Request
 from kontext.lora.merge import spread
 from kontext.options.base import flag_name, need
 from kontext.options.generate import Generate
+from kontext.processes import Processes, joined
 
 
 def run(options: Generate) -> None:
-    """Do what the options ask for."""
+    """Do what the options ask for, together with the other processes of the launch."""
     if options.from_image is not None:
         options = recall(options, options.from_image)
     _check_mode(options)
-    if options.save_merged_model is not None:
-        _merge(options, options.save_merged_model)
-        return
+    with joined() as crew:
+        if options.save_merged_model is not None:
+            out = options.save_merged_model
+            crew.first(lambda: _merge(options, out))
+        elif options.interactive and crew.size > 1:
+            raise UserError("--interactive talks to one process; start it without a launcher.")
+        else:
+            _generate(options, crew)
+
+
+def _generate(options: Generate, crew: Processes) -> None:
     base = _request(options)
-    lines = read_prompt_file(options.from_file, base) if options.from_file else [base]
-    requests = [copy for request in lines for copy in request.copies(options.images_per_prompt)]
+    requests = crew.first(lambda: _requests(options, base))  # seeds that were not given are drawn in it
     changing = options.interactive or any(request.multipliers is not None for request in requests)
     loras = _loras(options, attach=changing or options.lora_attach)
-    writer = _writer(options, loras)
+    writer = _writer(options, loras, crew)
     kontext = Kontext(model_files(options), _runtime(options), loras)
     if options.latent_path:
         need(options, "vae", because="to decode latents (--latent-path)")
-        _decode(kontext, options.latent_path, writer)
+        _decode(kontext, options.latent_path, writer, crew)
         return
     _check_models(options)
     if options.interactive:
         converse(kontext, base, writer, options.images_per_prompt)
     else:
-        _make(kontext, requests, writer)
+        _make(kontext, requests, writer, crew)
+
+
+def _requests(options: Generate, base: Request) -> list[Request]:
+    lines = read_prompt_file(options.from_file, base) if options.from_file else [base]
+    return [copy for request in lines for copy in request.copies(options.images_per_prompt)]
 
 
 def _check_mode(options: Generate) -> None:
@@ -151,7 +164,7 @@ def _request(options: Generate) -> Request:
     )
 
 
-def _writer(options: Generate, loras: Loras) -> Writer:
+def _writer(options: Generate, loras: Loras, crew: Processes) -> Writer:
     """Where results go, with the settings that hold for the whole run. Raises UserError for a bad folder."""
     common = {"software": f"kontext {__version__}"} | run_settings(options)
     if options.dit is not None:
@@ -169,25 +182,31 @@ def _writer(options: Generate, loras: Loras) -> Writer:
         preview=options.preview or 0,
         metadata=not options.no_metadata,
         common=common,
+        crew=crew,
     )
     writer.prepare()
     return writer
 
 
-def _decode(kontext: Kontext, paths: Sequence[Path], writer: Writer) -> None:
+def _decode(kontext: Kontext, paths: Sequence[Path], writer: Writer, crew: Processes) -> None:
     """Pictures from latent files, each named after its file and carrying its settings."""
     files = [read_latent(path) for path in paths]
-    for number, (path, file) in enumerate(zip(paths, files, strict=True), 1):
+    for number, (path, file) in crew.share(list(enumerate(zip(paths, files, strict=True), 1))):
         stem = writer.stem(number, len(paths), file.seed, path.stem)
         writer.save_picture(stem, kontext.decode(file.latent), file.settings)
 
 
-def _make(kontext: Kontext, requests: Sequence[Request], writer: Writer) -> None:
+def _make(kontext: Kontext, requests: Sequence[Request], writer: Writer, crew: Processes) -> None:
     """All pictures; then, if some failed, a table that says why, and the error that sets the exit code."""
-    failures = run_batch(kontext, requests, writer)
+    failures = run_batch(kontext, requests, writer, crew)
     if failures and len(requests) == 1:
         raise failures[0].error
-    if failures:
-        rows = [(f.number, f.prompt, str(f.error).splitlines()[0]) for f in failures]
+    parts = crew.gather([(f.number, f.prompt, str(f.error).splitlines()[0]) for f in failures])
+    rows = sorted(row for part in parts for row in part)
+    if not crew.leads:
+        return
+    if rows:
         table("Not made", ("item", "prompt", "why"), rows)
-        raise UserError(f"{len(failures)} of {len(requests)} pictures could not be made.")
+        raise UserError(f"{len(rows)} of {len(requests)} pictures could not be made.")
+    if crew.size > 1:
+        say(f"All {len(requests)} pictures are in {writer.folder}.")

@@ -12,6 +12,7 @@ from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
 from kontext.generation.stages import ITEM_ERRORS, Conditioned, Framed
 from kontext.generation.together import Together, seedless
+from kontext.processes import ALONE, Processes
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -38,8 +39,9 @@ class Finished:
 class Batch:
     """The failures of a batch so far, and how a stage goes on past them."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[Request], numbers: Sequence[int]) -> None:
         self.requests = requests
+        self.mine = {number: requests[number - 1] for number in numbers}
         self.failures: list[Failure] = []
 
     def each(self, stage: Callable[[int, A], B], items: dict[int, A]) -> dict[int, B]:
@@ -53,13 +55,16 @@ class Batch:
         return results
 
 
-def run_batch(kontext: Kontext, requests: Sequence[Request], writer: Writer) -> list[Failure]:
+def run_batch(
+    kontext: Kontext, requests: Sequence[Request], writer: Writer, crew: Processes = ALONE
+) -> list[Failure]:
     """Make and save what `writer` wants for each request, and return what failed.
 
-    A model that cannot be loaded ends the whole batch: its error is raised.
+    Of several processes each makes its share, under the numbers that one alone would give. A model that cannot be
+    loaded ends the whole batch: its error is raised.
     """
-    batch = Batch(requests)
-    if any(request.references for request in requests):
+    batch = Batch(requests, crew.share(range(1, len(requests) + 1)))
+    if any(request.references for request in batch.mine.values()):
         kontext.autoencoder()
     framed = _frame_all(kontext, batch)
     conditioned = _condition_all(kontext, batch, framed) if framed else {}
@@ -82,7 +87,7 @@ def _frame_all(kontext: Kontext, batch: Batch) -> dict[int, Framed]:
         last[:] = [(alike, framed)]
         return framed
 
-    return batch.each(frame, dict(enumerate(batch.requests, 1)))
+    return batch.each(frame, batch.mine)
 
 
 def _condition_all(kontext: Kontext, batch: Batch, framed: dict[int, Framed]) -> dict[int, Conditioned]:

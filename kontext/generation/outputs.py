@@ -17,6 +17,7 @@ from kontext.files import atomic_write, save_tensors
 from kontext.generation.formats import FORMATS, save_picture
 from kontext.generation.references import at_height, open_references, side_by_side
 from kontext.generation.request import Request
+from kontext.processes import ALONE, Processes
 
 LATENT_KEY = "latent"
 CHOICES = {
@@ -136,11 +137,13 @@ class Writer:
         preview: int = 0,
         metadata: bool = True,
         common: Mapping[str, str] | None = None,
+        crew: Processes = ALONE,
     ) -> None:
         self.folder, self.name = folder, name
         self.format, self.grid, self.preview = format, grid, preview
         self.pictures, self.latents = pictures, latents
         self.metadata, self.common = metadata, dict(common or {})
+        self.crew = crew
         self._used: set[str] = set()
 
     def prepare(self) -> None:
@@ -160,7 +163,9 @@ class Writer:
     def stem(self, number: int, count: int, seed: int, *more: str) -> str:
         """The name, without ending, of result `number` (from 1) of `count`; `more` parts go behind the seed."""
         now = datetime.now()
-        stem = "_".join((f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}", str(seed), *more))
+        stem = "_".join(
+            (f"{now:%Y%m%d-%H%M%S}-{self._moment(now.microsecond // 1000):03d}", str(seed), *more)
+        )
         if self.name is not None:
             stem = self.name if count == 1 else f"{self.name}_{number:03d}"
         free, copies = stem, 1
@@ -169,6 +174,11 @@ class Writer:
             free = f"{stem}_{copies}"
         self._used.add(free)
         return free
+
+    def _moment(self, milliseconds: int) -> int:
+        """The time as this process tells it: no two of them ever write the same one, and so the same name."""
+        size = self.crew.size
+        return min(milliseconds // size, 1000 // size - 1) * size + self.crew.rank
 
     def _exists(self, stem: str) -> bool:
         return any((self.folder / f"{stem}.{ending}").exists() for ending in ENDINGS)

@@ -54,3 +54,28 @@ def test_an_error_or_a_death_of_one_ends_both(tmp_path: Path, tiny_files: Any) -
     (code, shown), (other_code, _) = killed.ended()
     assert code == 2 and "Another process has ended" in shown and other_code == -9
     assert [[name[0] for name in names] for names in written(tmp_path / "killed")] == [["a", "c"], []]
+
+
+def generate(files: Any, root: Path, *more: object) -> list[object]:
+    models = {
+        "dit": files.dit, "vae": files.vae, "text-encoder1": files.t5, "text-encoder2": files.clip,
+        "tokenizer1": files.t5_tokenizer, "tokenizer2": files.clip_tokenizer, "from-file": root / "prompts.txt",
+    }  # fmt: skip
+    given = [word for name, value in models.items() for word in (f"--{name}", value)]
+    settings = "--device cpu --dtype float32 --t5-max-length 16 --infer-steps 1 --image-size 64 64 --seed 7"
+    return ["generate", *given, *settings.split(), "--output-name", "x", *more]
+
+
+def test_pictures_are_made_by_two_as_by_one(tmp_path: Path, tiny_files: Any) -> None:
+    """The same names and bytes; what one could not make, the first tells, and the launch fails."""
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "prompts.txt").write_text(f"red\nblue --ci {tmp_path / 'bad.png'}\ngreen --d 3\nblack\n")
+    run = launch(tmp_path / "two", *generate(tiny_files, tmp_path, "--save-path", tmp_path / "two"))
+    alone = generate(tiny_files, tmp_path, "--save-path", tmp_path / "one")
+    assert main([str(word) for word in alone]) == 2
+    (code, shown), (other_code, other_shown) = run.ended()
+    assert (code, other_code) == (2, 0) and other_shown == ""
+    assert "1 of 4 pictures could not be made" in shown and "bad.png" in shown
+    assert written(tmp_path / "two") == [["x_001.png", "x_003.png"], ["x_004.png"]]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -13,6 +13,7 @@ from kontext.errors import UserError
 from kontext.generation import outputs
 from kontext.generation.formats import save_picture
 from kontext.generation.request import Request
+from kontext.processes import Processes
 
 REQUEST = Request("a cät", references=(Path("in.png"),), seed=7, steps=3, flow_shift=2.0)
 
@@ -101,6 +102,19 @@ def test_stems_of_one_moment_differ_and_overwrite_nothing(tmp_path, monkeypatch)
     writer = outputs.Writer(tmp_path)
     stems = [writer.stem(n, 2, 7) for n in (1, 2)]
     assert stems == ["20260102-030405-678_7_2", "20260102-030405-678_7_3"]
+
+
+def test_stems_of_two_processes_never_meet(tmp_path, monkeypatch):
+    """Whatever the moment and the seed; the names look as those of one process."""
+    for size in (2, 3, 8, 300):
+        ranks = range(0, size, max(1, size // 8))
+        names = [
+            {writer._moment(moment) for moment in range(1000)}
+            for writer in (outputs.Writer(tmp_path, crew=Processes(rank, size)) for rank in ranks)
+        ]
+        assert all(0 <= moment < 1000 for moments in names for moment in moments)
+        assert sum(map(len, names)) == len(set().union(*names))
+    assert [outputs.Writer(tmp_path)._moment(moment) for moment in range(1000)] == list(range(1000))
 
 
 @pytest.mark.parametrize("pictures, latents", [(True, False), (False, True), (True, True)])
