@@ -4,7 +4,7 @@ W is a weight of the base, (out, in) or (out,); dW the change at strength 1. Fac
 file; arithmetic is float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,6 +16,9 @@ class Change(Protocol):
     """A change of one tensor, or of some of its rows."""
 
     needs_base: bool  # whether dW depends on W
+
+    def rows(self, start: int, stop: int) -> "Change | None":
+        """The change of some rows alone, from the same rows of W; None where it takes others too."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,6 +36,9 @@ class LowRank:
     up: Tensor
     scale: float
     needs_base = False
+
+    def rows(self, start: int, stop: int) -> "LowRank":
+        return replace(self, up=self.up[start:stop])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,6 +71,9 @@ class Hadamard:
     scale: float
     needs_base = False
 
+    def rows(self, start: int, stop: int) -> "Hadamard":
+        return replace(self, w1_a=self.w1_a[start:stop], w2_a=self.w2_a[start:stop])
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.w1_a.shape[0], self.w1_b.shape[1]
@@ -82,6 +91,9 @@ class Kronecker:
     w2: Tensor
     scale: float
     needs_base = False
+
+    def rows(self, start: int, stop: int) -> None:
+        """Rows of a product of blocks begin and end within blocks."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,6 +115,9 @@ class Difference:
     values: Tensor
     needs_base = False
 
+    def rows(self, start: int, stop: int) -> "Difference":
+        return Difference(self.values[start:stop])
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
@@ -117,6 +132,9 @@ class Replacement:
 
     values: Tensor
     needs_base = True
+
+    def rows(self, start: int, stop: int) -> "Replacement":
+        return Replacement(self.values[start:stop])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +155,11 @@ class Decomposed:
     magnitude: Tensor
     needs_base = True
 
+    def rows(self, start: int, stop: int) -> "Decomposed | None":
+        """None for norms over columns."""
+        inner = self.inner.rows(start, stop) if self.magnitude.shape[1] == 1 else None
+        return Decomposed(inner, self.magnitude[start:stop]) if inner else None
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
@@ -153,6 +176,9 @@ class Swapped:
     """A change whose rows are stored with their halves swapped: diffusers' final modulation."""
 
     inner: Change
+
+    def rows(self, start: int, stop: int) -> None:
+        """The same rows of W are not those that it changes."""
 
     @property
     def needs_base(self) -> bool:
@@ -182,6 +208,18 @@ class Delta:
     target: Target
     change: Change
     key: str
+
+    def within(self, start: int, stop: int) -> "Delta | None":
+        """What it changes in rows start to stop of its tensor, counted from `start`; None if nothing.
+
+        For changes that can be had by rows.
+        """
+        first, last = max(start, self.target.start), min(stop, self.target.stop)
+        if first >= last:
+            return None
+        change = self.change.rows(first - self.target.start, last - self.target.start)
+        assert change is not None
+        return Delta(Target(self.target.tensor, first - start, last - start), change, self.key)
 
     def add_to(self, merged: Tensor, base: Tensor, strength: float) -> None:
         """merged += strength * dW within the target's rows; both (out, ...) float32, base is left alone."""

@@ -1,12 +1,14 @@
-"""A checkpoint with adapters merged into it, from file to file: one tensor in memory at a time.
+"""A checkpoint with adapters merged into it, from file to file: at most one tensor in memory at a time.
 
 The unit of work is a BFL tensor: the one or more tensors of the base that make it up come in, and the tensors
-of the wanted layout and type go out. What nothing changes is copied byte by byte.
+of the wanted layout and type go out. What nothing changes is copied byte by byte; most of the rest is done in
+strips of rows, on all cores.
 """
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +24,22 @@ from kontext.files import atomic_write
 from kontext.lora.deltas import swap_halves
 from kontext.lora.merge import Plan, merge_weight
 from kontext.lora.stream import Spec, Writer
+from kontext.lora.strips import (
+    VALUES,
+    VALUES_ON_GPU,
+    Desk,
+    by_rows,
+    in_float32,
+    in_threads,
+    merge_strip,
+    strips,
+)
 from kontext.lora.weights import Stored, is_swapped, sibling, stored_tensors
 from kontext.model.transformer import Transformer, TransformerConfig
 from kontext.quant import FP8
 
 FP8_SCALED = "fp8_scaled"
+FLUSHED = 2**28  # bytes after which the disk begins to work
 Layout = Literal["bfl", "diffusers"]
 SaveType = torch.dtype | Literal["fp8_scaled"]
 
@@ -134,15 +147,13 @@ def write_checkpoint(
         file = out / FOLDER_FILE
     _check_space(file, checkpoint.bytes)
     loss = Loss()
-    with atomic_write(file) as temporary, open(temporary, "wb") as stream:
-        writer = Writer(stream, checkpoint.specs, metadata)
+    with atomic_write(file) as temporary:
+        writer = Writer(temporary, checkpoint.specs, metadata)
         for entry in checkpoint.companions:
             writer.copy(entry.name, entry)
         if checkpoint.marker:
             writer.put(checkpoint.marker, torch.zeros(2, dtype=FP8))
-        for job in checkpoint.jobs:
-            _run(job, checkpoint, writer, torch.device(device), loss)
-            on_job()
+        in_threads(_tasks(checkpoint, writer, torch.device(device), loss, on_job))
     config = checkpoint.source.files[0].parent / "config.json"
     if file != out and config.is_file():
         shutil.copyfile(config, out / "config.json")
@@ -208,15 +219,44 @@ def _check_space(file: Path, wanted: int) -> None:
         raise UserError(f"{file} needs {wanted / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left.")
 
 
+def _tasks(
+    checkpoint: Checkpoint, writer: Writer, device: torch.device, loss: Loss, on_job: Callable[[], object]
+) -> Iterator[Callable[[], object]]:
+    """What threads can do beside each other; a tensor that is needed whole is done right here."""
+    desk, size, waiting = Desk(), VALUES if device.type == "cpu" else VALUES_ON_GPU, 0
+    for job in checkpoint.jobs:
+        changes = checkpoint.changes.get(job.name, ())
+        if job.copied:
+            yield partial(_copy, job, writer)
+        elif _in_strips(job, checkpoint.layout) and by_rows(changes):
+            ready = in_float32(changes)
+            for strip in strips(job.stored.parts, job.outputs, size):
+                yield partial(merge_strip, strip, ready, writer, desk, device)
+        else:
+            _run(job, checkpoint, writer, device, loss)
+        waiting += sum(spec.bytes for spec in job.outputs)
+        if waiting >= FLUSHED:
+            yield writer.flush
+            waiting = 0
+        on_job()
+
+
+def _in_strips(job: Job, layout: Layout) -> bool:
+    """Whether rows are written in the order they are stored in, without scales for the whole."""
+    types = {part.dtype for part in (*job.stored.parts, *job.outputs)}
+    swapped = layout == "diffusers" and is_swapped(job.name)
+    return not types & set(FP8_DTYPES) and job.stored.swapped == swapped
+
+
+def _copy(job: Job, writer: Writer) -> None:
+    old = (*job.stored.parts, *job.stored.scales)
+    for entry, spec in zip(old, (*job.outputs, *job.output_scales), strict=True):
+        if entry and spec:
+            writer.copy(spec.key, entry)
+
+
 def _run(job: Job, checkpoint: Checkpoint, writer: Writer, device: torch.device, loss: Loss) -> None:
-    """Do one job: read, merge, and write."""
-    if job.copied:
-        for entry, spec in zip(
-            (*job.stored.parts, *job.stored.scales), (*job.outputs, *job.output_scales), strict=True
-        ):
-            if entry and spec:
-                writer.copy(spec.key, entry)
-        return
+    """Do one job at once: read, merge, and write."""
     whole = job.stored.load(device)
     changes = checkpoint.changes.get(job.name)
     before = whole.clone() if changes and job.outputs[0].dtype in FP8_DTYPES else None

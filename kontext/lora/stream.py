@@ -1,13 +1,16 @@
-"""safetensors files too large for memory: one tensor is read at a time, and written where it belongs.
+"""safetensors files too large for memory: rows of tensors are read when they are wanted, and written where they belong.
 
 The format: 8 bytes with the header's length (little endian), a JSON header of names, types, shapes and
 offsets, then the bytes of all tensors without gaps.
 """
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -15,9 +18,10 @@ from torch import Tensor
 
 from kontext.checkpoints.source import DTYPES, Entry
 
-CHUNK = 1 << 24
+CHUNK = 1 << 24  # bytes copied at a time
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_NO_DIRECT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -33,23 +37,39 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def row_bytes(tensor: Entry | Spec) -> int:
+    """Bytes of one row; a single number is a row."""
+    assert tensor.dtype is not None
+    return math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+
+
 def read(entry: Entry) -> Tensor:
     """The tensor in memory of its own. A memory map would keep every page it has shown."""
     assert entry.dtype is not None
-    buffer = bytearray(math.prod(entry.shape) * entry.dtype.itemsize)
-    if not buffer:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    with open(entry.file, "rb") as file:
-        file.seek(entry.start)
-        file.readinto(buffer)
-    return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+    whole = torch.empty(entry.shape, dtype=entry.dtype)
+    read_rows(entry, 0, whole)
+    return whole
+
+
+def read_rows(entry: Entry, row: int, into: Tensor) -> None:
+    """Fill `into` (rows, ...), contiguous and of the tensor's type, with its rows from `row` on."""
+    left = _bytes(into)
+    with open(entry.file, "rb", buffering=0) as file:
+        file.seek(entry.start + row * row_bytes(entry))
+        while left:
+            count = file.readinto(left)
+            assert count, "the file was found complete when it was opened"
+            left = left[count:]
 
 
 class Writer:
-    """Writes a file whose tensors are known beforehand, in any order. Wide types lie first, for alignment."""
+    """Writes a file whose tensors are known beforehand, in any order and from several threads.
 
-    def __init__(self, file: BinaryIO, specs: Iterable[Spec], metadata: Mapping[str, str]) -> None:
-        self.file = file
+    Wide types lie first, for alignment.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[Spec], metadata: Mapping[str, str]) -> None:
+        self.path = path
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self._specs: dict[str, Spec] = {}
         self._start: dict[str, int] = {}
@@ -61,25 +81,58 @@ class Writer:
             header[spec.key] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
         self._data = 8 + len(text)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._data + end)
 
-    def put(self, key: str, tensor: Tensor) -> None:
+    def put(self, key: str, tensor: Tensor, row: int = 0) -> None:
+        """Write rows of a tensor, from `row` on."""
         spec = self._specs[key]
-        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), key
-        self.file.seek(self._data + self._start[key])
-        if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            self.file.write(memoryview(flat.numpy()))
-
-    def copy(self, key: str, entry: Entry) -> None:
-        """The bytes of a tensor as they are."""
-        self.file.seek(self._data + self._start[key])
-        left = self._specs[key].bytes
-        with open(entry.file, "rb") as source:
-            source.seek(entry.start)
+        assert (tensor.dtype, tuple(tensor.shape[1:])) == (spec.dtype, spec.shape[1:]), key
+        assert row + (len(tensor) if tensor.ndim else 1) <= (spec.shape or (1,))[0], key
+        left = _bytes(tensor.detach().cpu().contiguous())
+        with open(self.path, "rb+", buffering=0) as file:
+            file.seek(self._place(key, row))
             while left:
-                chunk = source.read(min(CHUNK, left))
-                assert chunk, "the file was found complete when it was opened"
-                self.file.write(chunk)
-                left -= len(chunk)
+                left = left[file.write(left) :]
+
+    def copy(
+        self, key: str, entry: Entry, *, row: int = 0, from_row: int = 0, rows: int | None = None
+    ) -> None:
+        """The bytes of a tensor as they are: all, or `rows` of its rows."""
+        start = entry.start + from_row * row_bytes(entry)
+        left = self._specs[key].bytes if rows is None else rows * row_bytes(entry)
+        with open(entry.file, "rb", buffering=0) as old, open(self.path, "rb+", buffering=0) as new:
+            _copy(old, start, new, self._place(key, row), left)
+
+    def flush(self) -> None:
+        """Have what is written so far go to the disk, while more of it is made."""
+        with open(self.path, "rb+", buffering=0) as file:
+            os.fsync(file.fileno())
+
+    def _place(self, key: str, row: int) -> int:
+        return self._data + self._start[key] + row * row_bytes(self._specs[key])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _copy(old: BinaryIO, start: int, new: BinaryIO, place: int, left: int) -> None:
+    """Copy within the kernel where it can, else through memory."""
+    direct = hasattr(os, "copy_file_range")
+    while left:
+        piece = min(CHUNK, left)
+        try:
+            done = os.copy_file_range(old.fileno(), new.fileno(), piece, start, place) if direct else 0
+        except OSError as error:
+            if error.errno not in _NO_DIRECT_COPY:
+                raise
+            done = 0
+        if not done:
+            direct = False
+            old.seek(start), new.seek(place)
+            done = new.write(old.read(piece))
+        assert done, "the file was found complete when it was opened"
+        start, place, left = start + done, place + done, left - done

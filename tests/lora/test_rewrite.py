@@ -69,6 +69,14 @@ def test_bfl_file(tmp_path: Path, tiny_files, lora: Path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_strips_of_any_height_give_the_same(tmp_path: Path, tiny_files, lora: Path, monkeypatch):
+    merge(tiny_files.dit_sharded, lora, tmp_path / "m.safetensors", layout="bfl")
+    monkeypatch.setattr("kontext.lora.rewrite.VALUES", 1000)
+    monkeypatch.setattr("kontext.lora.rewrite.FLUSHED", 10_000)
+    merge(tiny_files.dit_sharded, lora, tmp_path / "n.safetensors", layout="bfl")
+    assert_close(load_file(tmp_path / "n.safetensors"), load_file(tmp_path / "m.safetensors"))
+
+
 def test_untouched_tensors_are_equal_to_the_bit(tmp_path: Path, tiny_files, lora: Path):
     merge(tiny_files.dit, lora, tmp_path / "m.safetensors")
     before, after = load_file(tiny_files.dit), load_file(tmp_path / "m.safetensors")
