@@ -1,19 +1,16 @@
 """Files that are either complete or not there: every output of the program is written here."""
 
-import json
 import os
 import secrets
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kontext.errors import UserError
+from kontext.tensors import pieces
 
 
 @contextmanager
@@ -21,13 +18,13 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on leaving, flush it to disk and rename it to `path`.
 
     Missing parent folders are made. When the body fails, the temporary file is removed and an older
-    file at `path` is untouched. The temporary name is `.<name of path>.<more>.tmp`, so a writer that goes by the
+    file at `path` is untouched. The temporary name is `.kontext-<name of path>.<more>.tmp`, so a writer that goes by the
     extension (PIL) must be told its format. A process that is killed leaves it behind.
 
     Raises UserError for anything the file system refuses: no permission, a full disk, a folder at `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{_shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         if path.is_dir():
             raise UserError(f"Cannot write {path}: it is a folder. Give the name of a file.")
@@ -50,8 +47,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     Raises UserError as `atomic_write` does, and for a file at `path`.
     """
     path = Path(path)
-    stem = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, old = path.with_name(f"{stem}.tmp"), path.with_name(f"{stem}.old.tmp")
+    temporary, old = _temporary(path), _temporary(path)
     try:
         if path.is_file():
             raise UserError(f"Cannot write {path}: it is a file. Give the name of a folder.")
@@ -76,28 +72,14 @@ def save_tensors(
 
     Tensors may be of any device and stride; metadata values are strings. Raises UserError as `atomic_write` does.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata=dict(metadata or {}))
-            _sort_metadata(temporary)
-        except SafetensorError as error:
-            raise UserError(_refusal(Path(path), str(error))) from error
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        for piece in pieces(tensors, metadata or {}):
+            file.write(piece)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata in order: safetensors writes it from a hash map, in another order each time.
-
-    Format: 8 bytes of header length, little endian, then the header in JSON, padded with spaces.
-    """
-    with open(path, "rb+") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= length, "the same content, written as compactly"
-        file.seek(8)
-        file.write(text.ljust(length))
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`, from which it can be told whose it was when a killed process has left it behind."""
+    return path.with_name(f".kontext-{_shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _shortened(name: str) -> str:

@@ -5,11 +5,12 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from kontext import files
 from kontext.errors import UserError
@@ -55,14 +56,14 @@ def test_a_full_disk_is_named_with_the_file_and_spares_the_old_one(tmp_path: Pat
 
 
 def test_a_full_disk_while_writing_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def full(tensors: object, metadata: object) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.ones(2)})
     before = path.read_bytes()
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "pieces", full)
     with pytest.raises(UserError, match="a.safetensors: .*No space left on device.*is unchanged"):
         save_tensors(path, {"x": torch.zeros(2)})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from kontext.data.config import Dataset
+from kontext.tensors import pieces
 
 BASE_MODEL = "flux_kontext"
 ARCHITECTURE = "flux-1-dev/lora"  # sd-scripts' spelling, which tools for LoRA files look for
@@ -151,10 +151,11 @@ def at_save(facts: Facts, *, step: int, epoch: int, now: float) -> dict[str, str
 def hashes(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> dict[str, str]:
     """The two hashes by which web interfaces recognise a LoRA, of the file with its `ss_*` fields alone."""
     kept = {name: value for name, value in fields.items() if name.startswith("ss_")}
-    data = safetensors.torch.save(dict(tensors), metadata=kept)
-    header = int.from_bytes(data[:8], "little") + 8
-    legacy = data[LEGACY_HASH_OFFSET : LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH]
-    return {
-        "sshs_model_hash": hashlib.sha256(memoryview(data)[header:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
-    }
+    model, legacy, position = hashlib.sha256(), hashlib.sha256(), 0
+    for number, piece in enumerate(pieces(tensors, kept)):
+        if number:  # the first is the header
+            model.update(piece)
+        begin = max(LEGACY_HASH_OFFSET - position, 0)
+        legacy.update(piece[begin : max(LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH - position, 0)])
+        position += len(piece)
+    return {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}

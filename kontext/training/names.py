@@ -54,12 +54,14 @@ class Names:
     def unfinished(self) -> list[Path]:
         """What killed runs of this name have left of files they were writing."""
         pattern = re.compile(
-            r"\."
+            r"\.kontext-"
             + re.escape(self.stem)
-            + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?\.((safetensors|html|history)\..*|\d+-[^.]*\.(old\.)?)tmp"
+            + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?(\.safetensors|\.html|\.history\.jsonl)?\.\d+-[0-9a-f]+\.tmp"
         )
         own = [path for path in self._listing() if pattern.fullmatch(path.name)]
-        return own + [path for state in self.states() if state.is_dir() for path in state.glob(".*.tmp")]
+        return own + [
+            path for state in self.states() if state.is_dir() for path in state.glob(".kontext-*.tmp")
+        ]
 
     def _numbered(self, pattern: str, ending: str) -> dict[int, Path]:
         full = re.compile(re.escape(self.stem) + pattern + re.escape(ending))

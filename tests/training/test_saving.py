@@ -90,14 +90,17 @@ def test_what_a_killed_run_has_left_is_cleared_up(tmp_path: Path) -> None:
     for number in (4, 6):
         (tmp_path / f"a-step{number:08d}.safetensors").touch()
         (tmp_path / f"a-step{number:08d}-state").mkdir()
-    (tmp_path / ".b.safetensors.1-0.tmp").touch()
-    (tmp_path / ".a-2.safetensors.1-0.tmp").touch()
+    (tmp_path / ".kontext-b.safetensors.1-0.tmp").touch()
+    (tmp_path / ".kontext-a-2.safetensors.1-0.tmp").touch()
     for target in ("a-step00000012.safetensors", "a-best.safetensors", "a-state/state.safetensors", "a.html"):
         with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / target) as temporary:
             temporary.touch()
             kept = temporary.rename(temporary.with_suffix(".kept"))
             raise KeyboardInterrupt
         kept.rename(kept.with_suffix(".tmp"))
+    (tmp_path / ".kontext-a.1-0.tmp").mkdir()
     saver.tidy(12)
-    assert names(tmp_path) == sorted([*expected, ".a-2.safetensors.1-0.tmp", ".b.safetensors.1-0.tmp"])
+    assert names(tmp_path) == sorted(
+        [*expected, ".kontext-a-2.safetensors.1-0.tmp", ".kontext-b.safetensors.1-0.tmp"]
+    )
     assert [path.name for path in (tmp_path / "a-state").iterdir()] == ["state"]
