@@ -39,6 +39,25 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def computing_dtype(name: str, device: torch.device, option: str = "--dtype") -> torch.dtype:
+    """As `resolve_dtype`, for computing on `device`; tells when the processor is slow with it."""
+    dtype = resolve_dtype(name)
+    if device.type == "cpu" and not _is_fast(dtype):
+        console.notice(
+            f"This processor has no instructions for {name}, and is very slow with it: use {option} float32."
+        )
+    return dtype
+
+
+def _is_fast(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies matrices of this type, or torch's library makes up for what it lacks."""
+    known = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype not in known or known[dtype]()
+
+
 def memory_used(device: torch.device) -> int:
     """Bytes in use: the most that PyTorch has reserved on a GPU, the process' resident memory on a CPU."""
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kontext.device import resolve_device, resolve_dtype
+from kontext.device import computing_dtype, resolve_device, resolve_dtype
 from kontext.errors import UserError
 
 
@@ -42,3 +42,16 @@ def test_precisions(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     assert resolve_dtype("float16") is torch.float16
     assert "overflows in float16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_processor_without_bfloat16_is_told_of(
+    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+    cpu = torch.device("cpu")
+    for device, name in (cpu, "float32"), (torch.device("cuda"), "bfloat16"):
+        computing_dtype(name, device)
+        assert capsys.readouterr().err == ""
+    assert computing_dtype("bfloat16", cpu, "--vae-dtype") is torch.bfloat16
+    assert ("very slow with it: use --vae-dtype float32" in capsys.readouterr().err) == (not there)

@@ -15,7 +15,7 @@ from kontext.data.fingerprints import weights_fingerprint
 from kontext.data.items import Skips
 from kontext.data.plan import Entry, plan_blocks
 from kontext.data.sheet import contact_sheet
-from kontext.device import resolve_device, resolve_dtype
+from kontext.device import computing_dtype, resolve_device
 from kontext.errors import UserError
 from kontext.files import atomic_write
 from kontext.memory.tiling import tile
@@ -86,7 +86,8 @@ def _workers(items: int, here: int) -> int:
 
 
 def _encoder(options: CacheLatents) -> Callable[[Tensor], Tensor]:
-    device, dtype = resolve_device(options.device), resolve_dtype(options.vae_dtype)
+    device = resolve_device(options.device)
+    dtype = computing_dtype(options.vae_dtype, device, "--vae-dtype")
     assert options.vae is not None
     autoencoder: Autoencoder = load_autoencoder(options.vae, device=device, dtype=dtype)
     if autoencoder.factor != LATENT_FACTOR:

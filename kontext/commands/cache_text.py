@@ -20,7 +20,7 @@ from kontext.commands.caching import Done, find_work, finish
 from kontext.data.encode import encode_texts
 from kontext.data.fingerprints import weights_fingerprint
 from kontext.data.items import Skips
-from kontext.device import resolve_device, resolve_dtype
+from kontext.device import computing_dtype, resolve_device
 from kontext.model.text import encode_clip, encode_t5
 from kontext.options.base import need
 from kontext.options.cache import CacheText
@@ -87,7 +87,8 @@ def _describe(tokenizer: Any) -> list[Any]:
 
 
 def _encoder(options: CacheText, tokenizers: Tokenizers) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
-    device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
+    device = resolve_device(options.device)
+    dtype = computing_dtype(options.dtype, device)
     t5 = load_t5(options.text_encoder1, device=device, dtype=dtype, fp8=options.fp8_t5)
     clip = load_clip(options.text_encoder2, device=device, dtype=dtype)
 

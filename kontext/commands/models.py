@@ -3,7 +3,7 @@
 import torch
 
 from kontext.console import notice
-from kontext.device import resolve_dtype
+from kontext.device import computing_dtype
 from kontext.generation.parts import ModelFiles, Runtime
 from kontext.memory.placement import Placement
 from kontext.options.base import flag_name
@@ -28,8 +28,8 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
     """dtype: the transformer's, by name; keep: as in Runtime."""
     return Runtime(
         device=device,
-        dtype=resolve_dtype(dtype),
-        vae_dtype=resolve_dtype(options.vae_dtype),
+        dtype=computing_dtype(dtype, device),
+        vae_dtype=computing_dtype(options.vae_dtype, device, "--vae-dtype"),
         vae_tiling=options.vae_tiling,
         quantization=quantization(options, device),
         attention=options.attn_mode,
