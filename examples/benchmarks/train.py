@@ -1,23 +1,28 @@
 """A LoRA training step against diffusers + peft: `python examples/benchmarks/train.py`.
 
 Forward, loss, backward and optimizer step, with the same weights, inputs and rank, with and without gradient
-checkpointing on both sides. Memory is what autograd keeps between forward and backward, every piece of storage
-counted once.
+checkpointing on both sides, and each side as its users run it: ours without, theirs with. "Kept" is what autograd
+keeps between forward and backward, every piece of storage counted once; "peak" the most that a step allocates at
+one time.
 
 Options: --large (width 512, 2,560 tokens) instead of the small size, --rounds n, --device cuda.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from models import Inputs, transformer_pair
 from paired import header, paired
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from kontext.lora.adapter import attach
 from kontext.memory.recompute import recompute_blocks
+from kontext.memory.remaking import remake_blocks
 
 RANK = 16
 TARGETS = (
@@ -61,27 +66,66 @@ def kept_megabytes(forward: Callable[[], Tensor], weights: nn.Module) -> float:
     return sum(storages.values()) / 1e6
 
 
-def measure(sizes: dict[str, int], *, side: int, checkpointing: bool, rounds: int, device: str) -> None:
+def peak_megabytes(step: Callable[[], object], device: str) -> float:
+    """The most memory that a step holds beyond what was held before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(changes)) / 1e6
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Whether our side and theirs recompute whole blocks."""
+
+    name: str
+    ours: bool
+    theirs: bool
+
+
+POLICIES = (
+    Policy("no checkpointing", ours=False, theirs=False),
+    Policy("checkpointing", ours=True, theirs=True),
+    Policy("ours without, theirs with checkpointing", ours=False, theirs=True),
+)
+
+
+def measure(sizes: dict[str, int], policy: Policy, *, side: int, rounds: int, device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ours, theirs = transformer_pair(**sizes, dtype=dtype, device=device)
     inputs = Inputs.random(side=side, dtype=dtype, device=device)
     attach(ours, rank=RANK, alpha=RANK, seed=0)
     theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
     ours.train(), theirs.train()
-    kept = [
-        kept_megabytes(lambda m=m, f=f: f(m), m) for m, f in ((ours, inputs.ours), (theirs, inputs.theirs))
-    ]
-    if checkpointing:
+    remake_blocks(ours)
+    if policy.ours:
         recompute_blocks(ours)
+    if policy.theirs:
         theirs.enable_gradient_checkpointing()
-    result = paired(
+    kept = [
+        kept_megabytes(lambda: inputs.ours(ours), ours),
+        kept_megabytes(lambda: inputs.theirs(theirs), theirs),
+    ]
+    steps = [
         step_of(lambda: inputs.ours(ours), trainable(ours)),
         step_of(lambda: inputs.theirs(theirs), trainable(theirs)),
-        rounds=rounds,
+    ]
+    for step in steps:
+        step()  # the optimizers' state is not the step's
+    peaks = [peak_megabytes(step, device) for step in steps]
+    result = paired(*steps, rounds=rounds)
+    what = f"width {sizes['width']}, {inputs.tokens} tokens, rank {RANK}, {dtype}, {policy.name}".replace(
+        "torch.", ""
     )
-    memory = "" if checkpointing else f", kept {kept[0]:.0f} and {kept[1]:.0f} MB ({kept[0] / kept[1]:.2f})"
-    policy = "checkpointing" if checkpointing else "no checkpointing"
-    print(result.row(f"width {sizes['width']}, {inputs.tokens} tokens, rank {RANK}, {policy}{memory}"))
+    print(result.row(what))
+    for name, (mine, other) in {"kept": kept, "peak": peaks}.items():
+        print(f"    {name}: {mine:.0f} and {other:.0f} MB ({mine / other:.2f})")
 
 
 def main() -> None:
@@ -96,8 +140,8 @@ def main() -> None:
     small = {"width": 256, "heads": 2, "double": 2, "single": 4}
     sizes, side = (large, 32) if options.large else (small, 16)
     print(header(f"LoRA step against diffusers + peft, {options.device}"))
-    for checkpointing in (False, True):
-        measure(sizes, side=side, checkpointing=checkpointing, rounds=options.rounds, device=options.device)
+    for policy in POLICIES:
+        measure(sizes, policy, side=side, rounds=options.rounds, device=options.device)
 
 
 if __name__ == "__main__":

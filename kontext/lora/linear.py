@@ -113,9 +113,19 @@ class LoraLinear(AdapterLinear):
         self.lora_up = nn.utils.skip_init(nn.Linear, rank, base.out_features, **options)
         nn.init.zeros_(self.lora_up.weight)
 
+    def adapted(self, x: Tensor) -> Tensor:
+        """B A x is added into W0 x by the product itself: no pass over memory beside the two."""
+        hidden = self.hidden(x).flatten(0, -2)
+        up = self.lora_up.weight.to(x.dtype)
+        out = self.base(x.flatten(0, -2)).addmm_(hidden, up.t(), alpha=self.scale)
+        return out.unflatten(0, x.shape[:-1])
+
     def change(self, x: Tensor) -> Tensor:
-        hidden = self.dropped(F.linear(x, self.lora_down.weight.to(x.dtype)))
-        return self.scale * F.linear(hidden, self.lora_up.weight.to(x.dtype))
+        return self.scale * F.linear(self.hidden(x), self.lora_up.weight.to(x.dtype))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """A x (..., r)."""
+        return self.dropped(F.linear(x, self.lora_down.weight.to(x.dtype)))
 
     def draw(self, generator: torch.Generator) -> None:
         draw_uniform(self.lora_down.weight, generator)

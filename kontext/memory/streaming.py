@@ -213,9 +213,9 @@ class Streamed(nn.Module):
         return Place(offset, tensor.dtype, tensor.shape, tensor.stride())
 
     def unpack(self, kept: Tensor | Place) -> Tensor:
+        self.ring.fetch(self.index)  # also for a tensor: what is made from it may need the block's weights
         if isinstance(kept, Tensor):
             return kept
-        self.ring.fetch(self.index)
         slot = self.ring.slots[self.ring.held.index(self.index)]
         return slot[kept.offset :].view(kept.dtype).as_strided(kept.shape, kept.stride)
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from kontext.model.remade import remade
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each (B, H, L, D), to (B, H, L, D): softmax(q k^T / sqrt(D)) v."""
 
@@ -43,6 +45,12 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
     return torch.view_as_real(pairs * pe).flatten(-2).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attend: Attend) -> Tensor:
-    """Attention between rotated queries and keys, heads joined: (B, H, L, D) to (B, L, H*D)."""
-    return rearrange(attend(rotate(q, pe), rotate(k, pe), v), "B H L D -> B L (H D)")
+def attention(q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+    """Attention with the heads of its output joined: (B, H, L, D) to (B, L, H*D)."""
+    return heads_joined(attend(q, k, v))
+
+
+@remade
+def heads_joined(x: Tensor) -> Tensor:
+    """A view where the kernel wrote token by token, else a copy."""
+    return rearrange(x, "B H L D -> B L (H D)")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kontext.model.attention import Attend, attention, rope, sdpa
+from kontext.model.attention import Attend, attention, rope, rotate, sdpa
+from kontext.model.remade import product, projection, remade
 
 TIME_CHANNELS = 256
 TIME_FACTOR = 1000.0
@@ -60,24 +61,29 @@ class Embedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """The scale (D,) of an RMS norm."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=1e-6)
+
+@remade
+def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+    """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
+    return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6), pe)
 
 
 class QKNorm(nn.Module):
-    """RMS norms of queries and keys, per head."""
+    """RMS norms of queries and keys, per head, and their rotation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(channels)
         self.key_norm = RMSNorm(channels)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, q: Tensor, k: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        return turned(q, self.query_norm.scale, pe), turned(k, self.key_norm.scale, pe)
 
 
 class Modulation(nn.Module):
@@ -105,6 +111,7 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+@remade
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * LayerNorm(x) + shift."""
     return torch.addcmul(shift, 1 + scale, layer_norm(x))
@@ -113,6 +120,28 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update, in one pass over memory."""
     return torch.addcmul(x, gate, update)
+
+
+def residual(x: Tensor, gate: Tensor, proj: nn.Module, update: Tensor) -> Tensor:
+    """x + gate * proj(update)."""
+    return gated(x, gate, proj(update))
+
+
+@remade
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+@remade
+def join(first: Tensor, second: Tensor) -> Tensor:
+    """Tokens (B, H, L, D) of both streams in one sequence."""
+    return torch.cat((first, second), 2)
+
+
+@remade
+def beside(out: Tensor, hidden: Tensor) -> Tensor:
+    """The attention's output, and GELU of the MLP's hidden values, along the channels."""
+    return torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)
 
 
 class SelfAttention(nn.Module):
@@ -125,14 +154,24 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed queries and keys, and values: each (B, H, L, D/H)."""
-        q, k, v = rearrange(self.qkv(x), "B L (three H D) -> three B H L D", three=3, H=self.heads)
-        return *self.norm(q, k), v
+    def project(self, x: Tensor, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and rotated, and values: each (B, H, L, D/H)."""
+        q, k, v = rearrange(product(self.qkv, x), "B L (three H D) -> three B H L D", three=3, H=self.heads)
+        return *self.norm(q, k, pe), v
 
 
-def mlp(width: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+class GELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
+class MLP(nn.Sequential):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        widen, activate, narrow = self
+        return narrow(activate(product(widen, x)))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -143,10 +182,10 @@ class DoubleStreamBlock(nn.Module):
         width, heads = config.width, config.heads
         self.img_mod = Modulation(width, 6)
         self.img_attn = SelfAttention(width, heads)
-        self.img_mlp = mlp(width, config.mlp_width)
+        self.img_mlp = MLP(width, config.mlp_width)
         self.txt_mod = Modulation(width, 6)
         self.txt_attn = SelfAttention(width, heads)
-        self.txt_mlp = mlp(width, config.mlp_width)
+        self.txt_mlp = MLP(width, config.mlp_width)
         self.attend: Attend = sdpa
 
     def modulation(self, vecs: Sequence[Tensor]) -> list[Tensor]:
@@ -159,17 +198,17 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 
-        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
-        q = torch.cat((txt_q, img_q), 2)
-        k = torch.cat((txt_k, img_k), 2)
-        v = torch.cat((txt_v, img_v), 2)
-        txt_out, img_out = attention(q, k, v, pe, self.attend).split((txt.shape[1], img.shape[1]), 1)
+        lengths = txt.shape[1], img.shape[1]
+        txt_pe, img_pe = pe.split(lengths, 2)
+        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1), img_pe)
+        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1), txt_pe)
+        out = attention(join(txt_q, img_q), join(txt_k, img_k), join(txt_v, img_v), self.attend)
+        txt_out, img_out = out.split(lengths, 1)
 
-        img = gated(img, img_gate1, self.img_attn.proj(img_out))
+        img = projection(residual, img, img_gate1, self.img_attn.proj, img_out)
         img = gated(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
 
-        txt = gated(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = projection(residual, txt, txt_gate1, self.txt_attn.proj, txt_out)
         txt = gated(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
 
@@ -191,10 +230,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, mod: Tensor, pe: Tensor) -> Tensor:
         """x (B, L, D), mod (B, 1, 3 D)."""
         shift, scale, gate = mod.chunk(3, -1)
-        qkv, hidden = self.linear1(modulate(x, shift, scale)).split(self.split, -1)
+        qkv, hidden = product(self.linear1, modulate(x, shift, scale)).split(self.split, -1)
         q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
-        out = attention(*self.norm(q, k), v, pe, self.attend)
-        return gated(x, gate, self.linear2(torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)))
+        out = attention(*self.norm(q, k, pe), v, self.attend)
+        return gated(x, gate, self.linear2(beside(out, hidden)))
 
 
 class FinalLayer(nn.Module):
