@@ -1,15 +1,14 @@
 """The transformer of a run, and what of it is trained."""
 
-import torch
-
 from kontext import console
-from kontext.commands import train_whole
+from kontext.commands import train_values, train_whole
 from kontext.device import resolve_dtype
 from kontext.generation.pipeline import Kontext
 from kontext.lora.files import load_weights
 from kontext.lora.report import read_adapters
 from kontext.memory.casting import compute_in
 from kontext.memory.recompute import recompute_blocks
+from kontext.memory.remaking import remake_blocks
 from kontext.model.transformer import Transformer
 from kontext.options.train import Train
 from kontext.training.network import Network, build
@@ -18,13 +17,16 @@ from kontext.training.trained import Adapters, Trained, Weights, thaw
 
 
 def model(options: Train, kontext: Kontext, network: Network, seed: int) -> tuple[Transformer, Trained]:
-    """The transformer and what is trained of it: load, attach or thaw, place, recompute, in this order."""
+    """The transformer and what is trained of it: load, attach or thaw, remake, place, recompute, in this order."""
     transformer = kontext.transformer()
     if train_whole.is_whole(options):
         trained: Trained = _weights(options, kontext, network, transformer)
     else:
         trained = _adapters(options, kontext, network, transformer, seed)
-    _recompute(options, transformer, kontext.runtime.device)
+    policy = train_values.policy(options, kontext.runtime.device)
+    remake_blocks(transformer, policy)
+    kontext.runtime.placement.apply(transformer, kontext.runtime.device)
+    recompute_blocks(transformer, policy)
     return transformer, trained
 
 
@@ -43,7 +45,6 @@ def _adapters(
     files = read_adapters(given, transformer.config)
     like = files[0] if options.dim_from_weights else None
     modules = build(transformer, network, seed=seed_of("network", seed), device=device, like=like)
-    kontext.runtime.placement.apply(transformer, device)
     for file in files:
         missing = load_weights(modules, file)
         console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
@@ -52,11 +53,3 @@ def _adapters(
                 f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}."
             )
     return Adapters(modules, resolve_dtype(options.save_precision or "float32"))
-
-
-def _recompute(options: Train, transformer: Transformer, device: torch.device) -> None:
-    offload = options.gradient_checkpointing_cpu_offload
-    if offload and device.type == "cpu":
-        console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
-    if options.gradient_checkpointing or offload:
-        recompute_blocks(transformer, offload=offload)

@@ -23,6 +23,7 @@ from kontext.errors import UserError
 from kontext.generation.parts import Runtime
 from kontext.generation.request import Request
 from kontext.memory.placement import Placement
+from kontext.memory.policies import Policy
 from kontext.options.train import Train
 from kontext.timesteps import Timesteps
 from kontext.training.arguments import parse_arguments
@@ -157,6 +158,15 @@ def timesteps(options: Train) -> Timesteps:
         maximum=options.max_timestep / 1000,
         preserve_shape=options.preserve_distribution_shape,
     )
+
+
+def policy(options: Train, device: torch.device) -> Policy:
+    """What every block keeps for its backward."""
+    if options.gradient_checkpointing_cpu_offload:
+        if device.type == "cpu":
+            console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
+        return "offloaded"
+    return "whole" if options.gradient_checkpointing else options.checkpointing or "none"
 
 
 def updates(

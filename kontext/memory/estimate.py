@@ -7,15 +7,11 @@ there; `CONTEXT` covers it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from kontext.memory.policies import Policy
 from kontext.memory.weights import Placed, Weights
 from kontext.model.autoencoder import AutoencoderConfig
 from kontext.model.transformer import TransformerConfig
-
-Policy = Literal["none", "selective", "whole", "offloaded"]
-"""What a block keeps for its backward: all that this needs; its input and the attention's output; its input; nothing,
-while its input waits on the host."""
 
 CONTEXT = 500_000_000  # CUDA's own code and buffers
 FLOAT32 = 4

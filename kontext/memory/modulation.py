@@ -48,7 +48,7 @@ def offload_modulation(model: Transformer, device: torch.device) -> int:
     """
     places = [
         (block, name, module)
-        for block in model.blocks()
+        for block in model.modules()
         for name, module in block.named_children()
         if isinstance(module, Modulation)
     ]

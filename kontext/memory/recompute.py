@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from kontext.memory.policies import Policies, places
 from kontext.model.transformer import Transformer
 
 Packed = tuple[torch.device, Tensor]
@@ -73,8 +74,8 @@ def _marked() -> Iterator[None]:
         recomputing.reset(token)
 
 
-def recompute_blocks(model: Transformer, *, offload: bool = False) -> None:
-    """Wraps every block of `model`. Attach adapters before: module names change."""
-    for blocks in (model.double_blocks, model.single_blocks):
-        for i, block in enumerate(blocks):
-            blocks[i] = Recomputed(block, offload=offload)
+def recompute_blocks(model: Transformer, policies: Policies = "whole") -> None:
+    """Wraps the blocks of `model` that are recomputed whole. Attach adapters before: module names change."""
+    for blocks, i, policy in places(model, policies):
+        if policy in ("whole", "offloaded"):
+            blocks[i] = Recomputed(blocks[i], offload=policy == "offloaded")

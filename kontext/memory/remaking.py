@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kontext.memory.policies import Policies, places
 from kontext.model.remade import notes
 from kontext.model.transformer import Transformer
 
@@ -194,8 +195,7 @@ class Remade(nn.Module):
             notebook.pages.clear()
 
 
-def remake_blocks(model: Transformer, *, selective: bool = False) -> None:
-    """Wraps every block of `model`. Attach adapters before; place and recompute after."""
-    for blocks in (model.double_blocks, model.single_blocks):
-        for i, block in enumerate(blocks):
-            blocks[i] = Remade(block, selective=selective)
+def remake_blocks(model: Transformer, policies: Policies = "none") -> None:
+    """Wraps every block of `model`. Attach adapters before; place (stream) and recompute after."""
+    for blocks, i, policy in places(model, policies):
+        blocks[i] = Remade(blocks[i], selective=policy == "selective")

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kontext.model.attention import Attend, attention, rope, rotate, sdpa
-from kontext.model.remade import product, projection, remade
+from kontext.model.attention import Attend, attention, rope, sdpa
+from kontext.model.elementwise import beside, gated, gelu, join, modulate, residual, turned
+from kontext.model.remade import product, projection
 
 TIME_CHANNELS = 256
 TIME_FACTOR = 1000.0
@@ -68,12 +69,6 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
 
 
-@remade
-def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
-    """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
-    return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6), pe)
-
-
 class QKNorm(nn.Module):
     """RMS norms of queries and keys, per head, and their rotation."""
 
@@ -104,44 +99,6 @@ def modulations(linear: Callable[[Tensor], Tensor], vecs: Sequence[Tensor]) -> l
     One after the other: so those computed ahead together have the digits of those computed in their turn.
     """
     return [linear(F.silu(vec))[:, None] for vec in vecs]
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-@remade
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * LayerNorm(x) + shift."""
-    return torch.addcmul(shift, 1 + scale, layer_norm(x))
-
-
-def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update, in one pass over memory."""
-    return torch.addcmul(x, gate, update)
-
-
-def residual(x: Tensor, gate: Tensor, proj: nn.Module, update: Tensor) -> Tensor:
-    """x + gate * proj(update)."""
-    return gated(x, gate, proj(update))
-
-
-@remade
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-@remade
-def join(first: Tensor, second: Tensor) -> Tensor:
-    """Tokens (B, H, L, D) of both streams in one sequence."""
-    return torch.cat((first, second), 2)
-
-
-@remade
-def beside(out: Tensor, hidden: Tensor) -> Tensor:
-    """The attention's output, and GELU of the MLP's hidden values, along the channels."""
-    return torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)
 
 
 class SelfAttention(nn.Module):

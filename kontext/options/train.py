@@ -140,4 +140,9 @@ class Train(
             raise ValueError("Sample pictures need --sample-prompts, the file with their prompts.")
         if self.sample_prompts is not None and None in (self.vae, self.text_encoder1, self.text_encoder2):
             raise ValueError("--sample-prompts needs --vae, --text-encoder1 and --text-encoder2 too.")
+        whole = self.gradient_checkpointing or self.gradient_checkpointing_cpu_offload
+        if whole and self.checkpointing not in (None, "whole"):
+            raise ValueError(
+                f"--checkpointing {self.checkpointing} and --gradient-checkpointing say different things: leave one out."
+            )
         return self

@@ -173,10 +173,14 @@ class Memory(Options):
         "updates below about 0.4 % of a weight are lost to rounding.",
         default=False,
     )
-    gradient_checkpointing: bool = option(
-        "Compute each block again in the backward pass instead of keeping what it computed.", default=False
+    checkpointing: Literal["none", "selective", "whole"] | None = option(
+        "What each block computes again in the backward pass, to keep less: none, only elementwise passes (nine "
+        "tensors of tokens x width are kept); selective, all but the attention (two); whole, everything (one). "
+        "By default none, or whole with --gradient-checkpointing.",
+        default=None,
     )
+    gradient_checkpointing: bool = option("The same as --checkpointing whole.", default=False)
     gradient_checkpointing_cpu_offload: bool = option(
-        "With gradient checkpointing, which it implies: keep the inputs of the blocks in host memory.",
+        "With --checkpointing whole, which it implies: keep the inputs of the blocks in host memory.",
         default=False,
     )

@@ -18,7 +18,7 @@ SHORT = ["--max-train-steps", "2", "--no-report"]
     [
         [],
         ["--gradient-checkpointing"],
-        ["--fp8-scaled", "--gradient-checkpointing"],
+        ["--fp8-scaled", "--checkpointing", "selective"],
         ["--nf4"],
         ["--fp8-fast"],
     ],

@@ -115,7 +115,9 @@ class _Recorder:
 def test_recomputing_changes_nothing(offload: bool) -> None:
     plain = Run(steps=4, network=DROPPING).go()
     recomputed = Run(
-        steps=4, network=DROPPING, wrap=lambda model: recompute_blocks(model, offload=offload)
+        steps=4,
+        network=DROPPING,
+        wrap=lambda model: recompute_blocks(model, "offloaded" if offload else "whole"),
     ).go()
     assert recomputed.same_weights(plain)
 
