@@ -78,11 +78,7 @@ class AsLoaded:
                 self._write_index(folder, specs)
             else:
                 targets = {self.source.files[0]: stack.enter_context(atomic_write(path))}
-            with ExitStack() as files:
-                yield {
-                    file: Writer(files.enter_context(open(target, "wb")), specs[file], metadata)
-                    for file, target in targets.items()
-                }
+            yield {file: Writer(target, specs[file], metadata) for file, target in targets.items()}
 
     def _write_index(self, folder: Path, specs: Mapping[Path, list[Spec]]) -> None:
         """The index of several files, under the name that it had, and config.json."""
