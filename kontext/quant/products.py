@@ -66,8 +66,8 @@ def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = (largest / (FP8_MAX if dtype == FP8 else INT8_MAX)).clamp(min=1e-30)
     values = wide / scale
     if dtype == FP8:
-        return values.to(FP8), scale.float()
-    return values.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale.float()
+        return values.to(FP8).contiguous(), scale.float()
+    return values.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8).contiguous(), scale.float()
 
 
 def _product(

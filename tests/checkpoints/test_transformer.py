@@ -11,7 +11,7 @@ from kontext.checkpoints.transformer import rope_axes
 from kontext.errors import UserError
 from kontext.model.latents import position_ids
 from kontext.quant import FP8, ProductLinear, QuantisedLinear
-from tests import tiny
+from tests import bfl_names, tiny
 from tests.compare import relative_error
 
 LAYOUTS = ("dit", "dit_prefixed", "dit_diffusers", "dit_sharded", "pipeline")
@@ -141,6 +141,22 @@ def test_what_is_quantised(tiny_files, mode, dtype):
     kept = {"nf4": torch.uint8, "int8": torch.int8, "int8_fast": torch.int8}.get(mode, FP8)
     assert {layer.weight.dtype for layer in layers.values()} == {kept}
     assert all((type(layer) is ProductLinear) == mode.endswith("_fast") for layer in layers.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_holds_one_tensor_beside(tmp_path, mode):
+    state = tiny.make_transformer(seed=0, width=512, blocks=6).state_dict()
+    save_file(bfl_names.bfl_transformer(state, 6, 6), tmp_path / "dit.safetensors")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_transformer(
+        tmp_path / "dit.safetensors", device="cuda", dtype=torch.bfloat16, quantization=mode
+    )
+    kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    largest = max(tensor.numel() for tensor in state.values()) * 4
+    assert peak < kept + 4 * largest < sum(t.numel() for t in model.state_dict().values()) * 4
 
 
 # ---- editing while loading ----

@@ -10,7 +10,7 @@ from kontext.checkpoints import load_transformer
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.streaming import Slab, Streamed, ThreadCopier, stream_blocks, streamed_indices
 from kontext.model.transformer import Transformer, TransformerConfig
-from kontext.quant import FP8
+from kontext.quant import FP8, supported
 from tests import tiny
 
 CONFIG = TransformerConfig(16, 16, 8, 8, 32, 2, 64, 3, 5, (4, 6, 6), 1e4, True)
@@ -62,7 +62,7 @@ def train(model, *, recompute, given=None):
     if recompute:
         recompute_blocks(model)
     img, *rest = given or inputs()
-    offset = torch.zeros(img.shape[-1], requires_grad=True)
+    offset = torch.zeros(img.shape[-1], device=img.device, requires_grad=True)
     gradients = []
     for _ in range(3):
         (gradient,) = torch.autograd.grad(model(img + offset, *rest).square().mean(), offset)
@@ -173,6 +173,25 @@ def test_weights_in_few_bits(tiny_files, slow_copies, mode, recompute):
     stream_blocks(model, "max", device)
     assert any(piece.dtype in (FP8, torch.int8, torch.uint8) for piece in model_ring(model).slabs[0].pieces)
     streamed, resident = (train(m, recompute=recompute, given=tiny_inputs()) for m in (model, loaded()))
+    assert torch.equal(streamed, resident) and streamed.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", [None, "fp8_scaled", "fp8_fast", "int8_fast", "nf4"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_on_a_gpu(tiny_files, mode, recompute):
+    device = torch.device("cuda")
+    kept = {"fp8_fast": FP8, "int8_fast": torch.int8}.get(mode)
+    if kept and not supported(device, kept):
+        pytest.skip(f"this GPU has no products of {kept}")
+
+    def loaded():
+        return load_transformer(tiny_files.dit, device=device, dtype=torch.float32, quantization=mode)
+
+    model, given = loaded(), [tensor.to(device) for tensor in tiny_inputs()]
+    stream_blocks(model, "max", device)
+    streamed, resident = (train(m, recompute=recompute, given=given) for m in (model, loaded()))
     assert torch.equal(streamed, resident) and streamed.any()
 
 

@@ -78,3 +78,24 @@ def test_state_round_trip(mode):
     )
     meta.load_state_dict(layer.state_dict(), strict=True, assign=True)
     assert torch.equal(meta(torch.ones(1, 128)), layer(torch.ones(1, 128)))
+
+
+@pytest.mark.parametrize("mode", ["fp8_scaled", "fp8_fast", "int8_fast", "nf4"])
+def test_one_compiled_graph_for_every_length(mode):
+    """Nothing in these layers breaks a graph, or asks for a new one when the picture's size changes."""
+    layer, graphs = layer_of(mode, bias=draw(48, seed=2)), []
+
+    def note(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=note, fullgraph=True, dynamic=True)
+    for tokens in (40, 64, 72):
+        x, y = (draw(2, tokens, 128, seed=3).requires_grad_() for _ in range(2))
+        found, expected = compiled(x), layer(y)
+        torch.testing.assert_close(found, expected)
+        for out in (found, expected):
+            out.square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    assert len(graphs) == 1

@@ -86,6 +86,14 @@ def test_a_plain_cast_needs_no_scale():
     assert apart(multiply_back(x[:, :32], weight, None), x[:, :32] @ weight.float()) < 0.04
 
 
+def test_rows_lie_one_after_the_other(mode, weight):
+    """As CUDA's kernels want them, also of a gradient that is a view of something turned."""
+    rounded, turned = quantise(weight, mode), draw(512, 40, seed=1).t()
+    assert round_rows(turned, rounded.weight.dtype)[0].is_contiguous()
+    expected = multiply_back(turned.contiguous(), rounded.weight, rounded.scale)
+    assert torch.equal(multiply_back(turned, rounded.weight, rounded.scale), expected)
+
+
 def test_what_is_not_a_number_shows(mode, weight):
     rounded, x = quantise(weight, mode), draw(2, 768)
     x[1, 5] = torch.inf
