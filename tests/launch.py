@@ -4,13 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Notes in $WRITTEN which process wrote which cache file or picture; $KILLED names one that dies at its first.
+# Notes in $WRITTEN which process wrote which cache file or picture, and which items it trained on; $KILLED names one
+# that dies at its first file.
 DRIVER = """
 import os, signal, sys
-from kontext.data import cache
+from kontext.data import batches, cache
 from kontext.generation import outputs
 
 rank = os.environ["RANK"]
@@ -20,9 +22,19 @@ def noting(save):
         if os.environ.get("KILLED") == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         save(path, *rest)
-        with open(os.environ["WRITTEN"], "a") as file:
-            file.write(f"{rank} {path.name}\\n")
+        note("written", path.name)
     return noted
+
+def note(what, name):
+    with open(os.environ[what.upper()], "a") as file:
+        file.write(f"{rank} {name}\\n")
+
+def loading(entries, captions):
+    for entry in entries:
+        note("loaded", entry.item.key)
+    return load_batch(entries, captions)
+
+load_batch, batches.load_batch = batches.load_batch, loading
 
 cache.save_tensors = noting(cache.save_tensors)
 outputs.save_picture = noting(outputs.save_picture)
@@ -33,7 +45,7 @@ sys.exit(main(sys.argv[1:]))
 
 @dataclass(frozen=True)
 class Launch:
-    """Two processes of one run, by rank."""
+    """The processes of one run by rank, or a launcher above them."""
 
     processes: tuple[subprocess.Popen[str], ...]
 
@@ -52,22 +64,39 @@ def launch(folder: Path, *words: object, killed: int | None = None) -> Launch:
 
     There is no launcher above them that would kill one when the other has ended.
     """
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    place["KILLED"] = str(killed)
+    return Launch(
+        tuple(_start(folder, [], words, {**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01")
+    )
+
+
+def accelerate_launch(folder: Path, *words: object) -> Launch:
+    """The same through `accelerate launch`."""
+    settings = "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --mixed_precision no"
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        *settings.split(),
+        "--main_process_port",
+        str(free_port()),
+    ]
+    return Launch((_start(folder, launcher, words, {}),))
+
+
+def _start(
+    folder: Path, launcher: Sequence[str], words: Sequence[object], place: Mapping[str, str]
+) -> subprocess.Popen[str]:
     folder.mkdir(parents=True, exist_ok=True)
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
-    given = {"OMP_NUM_THREADS": "1", "WRITTEN": str(folder / "written.txt"), "KILLED": str(killed)}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    return Launch(
-        tuple(
-            subprocess.Popen(
-                [sys.executable, str(driver), *map(str, words)],
-                env={**os.environ, **given, **place, "RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in "01"
-        )
+    notes = {"WRITTEN": str(folder / "written.txt"), "LOADED": str(folder / "loaded.txt")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(driver), *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **notes, **place},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -79,5 +108,14 @@ def free_port() -> int:
 
 def written(folder: Path) -> list[list[str]]:
     """The names of the files that each of the two wrote."""
-    lines = (folder / "written.txt").read_text().splitlines()
-    return [sorted(line[2:] for line in lines if line[0] == rank) for rank in "01"]
+    return [sorted(names) for names in _noted(folder / "written.txt")]
+
+
+def loaded(folder: Path) -> list[list[str]]:
+    """The items that each of the two was trained on, in turn."""
+    return _noted(folder / "loaded.txt")
+
+
+def _noted(path: Path) -> list[list[str]]:
+    lines = path.read_text().splitlines()
+    return [[line[2:] for line in lines if line[0] == rank] for rank in "01"]

@@ -47,7 +47,7 @@ def run(options: Train) -> None:
     kontext = Kontext(
         model_files(options), values.runtime(options, team.device), train_network.base_loras(options)
     )
-    samples = _samples(options, kontext, seed) if team.leads else []
+    samples = _samples(options, kontext, seed)
     transformer, trained = train_model.model(options, kontext, network, seed)
     updates = values.updates(options, network, trained.parameters, plan, team.device)
     average = train_average.average(options, updates)
@@ -64,9 +64,9 @@ def run(options: Train) -> None:
         samples,
         plan=plan,
         rhythm=values.rhythm(options),
+        team=team,
         weights=weights,
-        folder=names.folder,
-        name=names.stem,
+        names=names,
         drawn=kept.samples,
     )
     Session(

@@ -17,7 +17,7 @@ class Journal:
     """Enter it before the first step; on leaving, the last report says how the run ended.
 
     What goes wrong here ends no training: there is a warning, and the journal stops.
-    In a team only the leading process has one; items are those that this process has seen.
+    In a team only the leading process has one.
     """
 
     def __init__(self, history: Path, report: Path, about: About, *, done: int, wanted: bool = True) -> None:

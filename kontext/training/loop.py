@@ -1,7 +1,7 @@
 """The training loop: gradients of a group of batches, one optimizer step, and word of it to whoever listens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class Seen:
     def items(self) -> list[Item]:
         """One by one, read from the device."""
         return list(map(Item, self.keys, self.t.tolist(), self.own_losses))
+
+    def on_host(self) -> "Seen":
+        """The same, read from the device."""
+        return replace(self, losses=self.losses.cpu())
 
     @property
     def own_losses(self) -> list[float]:

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class Monitor:
             return
         outcomes, self.pending = self.pending, []
         losses = self.team.sum(torch.stack([outcome.loss for outcome in outcomes])).tolist()
+        outcomes = self._of_all(outcomes)
         for outcome, loss in zip(outcomes, losses, strict=True):
             norm = outcome.norm.item()
             if not math.isfinite(loss):
@@ -109,6 +111,16 @@ class Monitor:
             self._record(outcome, loss, norm)
         self._show(outcomes)
 
+    def _of_all(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """The same with the items that the other processes have seen."""
+        if self.team.size == 1:
+            return outcomes
+        parts = self.team.gather([[seen.on_host() for seen in outcome.seen] for outcome in outcomes])
+        return [
+            replace(outcome, seen=tuple(chain(*seen)))
+            for outcome, *seen in zip(outcomes, *parts, strict=True)
+        ]
+
     def _record(self, outcome: Outcome, loss: float, norm: float) -> None:
         values = {"loss/current": loss, "loss/average": self.smoothed.add(loss), "grad_norm": norm}
         values |= {f"lr/group{i}": rate for i, rate in enumerate(outcome.rates)}
@@ -117,7 +129,7 @@ class Monitor:
 
     def _show(self, outcomes: list[Outcome]) -> None:
         now = time.perf_counter()
-        items = sum(len(seen.keys) for outcome in outcomes for seen in outcome.seen) * self.team.size
+        items = sum(len(seen.keys) for outcome in outcomes for seen in outcome.seen)
         speed = items / max(now - self.read_at, 1e-9)
         self.read_at = now
         last = outcomes[-1]
@@ -138,6 +150,6 @@ class Monitor:
             else "No state was saved (see --save-state): start again"
         )
         return (
-            f"The {what} at step {outcome.step + 1}, with {named or 'items of another process'}. "
+            f"The {what} at step {outcome.step + 1}, with {named}. "
             f"Nothing was saved since. {remedy}, with a lower --learning-rate, or --dtype bfloat16 if it was float16."
         )

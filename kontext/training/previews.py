@@ -14,7 +14,9 @@ from kontext.generation.outputs import save_picture, settings_of
 from kontext.generation.pipeline import Conditioned, Kontext
 from kontext.generation.request import Request
 from kontext.training.loop import Outcome
+from kontext.training.names import Names
 from kontext.training.plan import Plan
+from kontext.training.team import Team
 
 FOLDER = "sample"
 CELL = 512  # pixels: the height of a row of the grid
@@ -85,19 +87,23 @@ class Previews:
         *,
         plan: Plan,
         rhythm: Rhythm,
+        team: Team,
         weights: Callable[[], AbstractContextManager[None]],
-        folder: Path,
-        name: str,
+        names: Names,
         drawn: Drawn,
     ) -> None:
-        """weights: within it the adapter has the weights to be used, which may not be those in training."""
+        """weights: within it the adapter has the weights to be used, which may not be those in training.
+
+        Every process of the team has all samples, draws its part of them, and the first one writes them.
+        """
         self.kontext = kontext
         self.samples = samples
         self.plan = plan
         self.rhythm = rhythm
+        self.team = team
         self.weights = weights
-        self.folder = folder / FOLDER
-        self.name = name
+        self.folder = names.folder / FOLDER
+        self.name = names.stem
         self.drawn = drawn
 
     def __call__(self, outcome: Outcome) -> None:
@@ -105,23 +111,31 @@ class Previews:
         if label is not None:
             self.draw(label, outcome.step + 1)
 
-    def draw(self, label: str, done: int) -> Path:
-        """Makes all samples after `done` steps and writes each, and a grid of them, whose path it returns.
+    def draw(self, label: str, done: int) -> None:
+        """Makes all samples after `done` steps and writes each, and a grid of them.
 
         Nothing of training changes: dropout is off meanwhile, and no global random numbers are drawn.
         """
+        parts = self.team.gather(self._pictures())
+        if self.team.leads:
+            pictures = {number: picture for part in parts for number, picture in part.items()}
+            self._write([pictures[number] for number in range(len(self.samples))], label, done)
+
+    def _pictures(self) -> dict[int, Image.Image]:
+        """This process' part of the samples, by number."""
+        mine = self.team.deal(len(self.samples))
         transformer = self.kontext.transformer()
         training = transformer.training
         transformer.eval()
         with self.weights():
-            latents = [self.kontext.denoise(sample.conditioned) for sample in self.samples]
+            latents = [self.kontext.denoise(self.samples[number].conditioned) for number in mine]
         transformer.train(training)
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
         pictures = [self.kontext.decode(latent) for latent in latents]
         autoencoder.cpu()
-        return self._write(pictures, label, done)
+        return dict(zip(mine, pictures, strict=True))
 
-    def _write(self, pictures: Sequence[Image.Image], label: str, done: int) -> Path:
+    def _write(self, pictures: Sequence[Image.Image], label: str, done: int) -> None:
         now, paths = f"{datetime.now():%Y%m%d%H%M%S}", []
         for i, (sample, picture) in enumerate(zip(self.samples, pictures, strict=True)):
             framed = sample.conditioned.framed
@@ -134,7 +148,6 @@ class Previews:
         save_picture(path, grid(rows), {})
         console.say(f"Samples: {path}")
         self.drawn(done, label, paths)
-        return path
 
 
 def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

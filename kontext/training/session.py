@@ -96,15 +96,11 @@ class Session:
             saver = self._saver(monitor, validation, writer)
             if self.team.leads:
                 saver.tidy(first)
-            if first == 0 and self._previews and self._previews.rhythm.at_first:
-                self._previews.draw(f"{0:06d}", 0)
+            if first == 0 and self.previews and self.previews.rhythm.at_first:
+                self.previews.draw(f"{0:06d}", 0)
             self._train(self._listeners(interrupts, monitor, validation, saver, writer))
             monitor.flush()
         return saver
-
-    @property
-    def _previews(self) -> Previews | None:
-        return self.previews if self.team.leads else None
 
     def _validation(self, monitor: Monitor, writer: Writer) -> Validation | None:
         def tell(done: int, loss: float) -> None:
@@ -165,7 +161,7 @@ class Session:
                 raise KeyboardInterrupt
 
         validating = [validation] if validation else []
-        previews = [self._previews] if self._previews else []
+        previews = [self.previews] if self.previews else []
         saving = [saver] if self.team.leads else []
         averaging = [self.average] if self.average else []
         return [

@@ -1,10 +1,16 @@
 """The processes of a run, on one machine or several: what they must do together."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from kontext.errors import UserError
+
+T = TypeVar("T")
 
 
 class Team:
@@ -36,8 +42,23 @@ class Team:
             start = end
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes."""
-        return values if self.size == 1 else self.accelerator.reduce(values, reduction="sum")
+        """The sum of `values` over all processes. Raises UserError when one of them has ended."""
+        if self.size == 1:
+            return values
+        try:
+            return self.accelerator.reduce(values, reduction="sum")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError("Another process of this run has ended; see its own message.") from error
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in their order: small ones, seldom, for they are copied to and fro."""
+        return [value] if self.size == 1 else gather_object([value])
+
+    def deal(self, count: int) -> range:
+        """Which of `count` uses of the model, from 0, are this process' part."""
+        return range(count)[self.rank :: self.size]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

@@ -1,4 +1,4 @@
-"""Runs that are broken off, killed or shared by processes end as those that are not."""
+"""Runs that are broken off or killed end as those that are not."""
 
 import os
 import signal
@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.training.command import files, train, words
 from tests.training.dataset import Cached
@@ -78,18 +76,3 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cached: Cached, tmp_path: Path) 
     assert train(cached, whole, settings) == 0
     assert (killed / "edit.safetensors").read_bytes() == (whole / "edit.safetensors").read_bytes()
     assert files(killed) == files(whole)
-
-
-def test_two_processes_train_as_one(cached: Cached, tmp_path: Path) -> None:
-    """The same batches in a step, shared by two processes or taken one after the other."""
-    settings = "--max-train-epochs 2 --network-dropout 0.1 --no-report"
-    launch = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --mixed_precision no -m kontext"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()]
-    process = subprocess.Popen([*command, *words(cached, tmp_path / "two", settings)], env=ENVIRONMENT)
-    assert train(cached, tmp_path / "one", f"{settings} --gradient-accumulation-steps 2") == 0
-    assert process.wait(timeout=180) == 0
-    one, two = (load_file(tmp_path / name / "edit.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-8)

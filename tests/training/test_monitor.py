@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,31 @@ def test_with_a_scaled_loss_an_infinite_gradient_is_normal() -> None:
     watching, _, _ = monitor()
     watching.scaled = True
     watching(replace(outcome(2, 1.0), norm=torch.tensor(float("inf"))))
+
+
+class Pair(Team):
+    """The first of two processes; the other one has seen what `other` holds."""
+
+    def __init__(self, other: list[list[Seen]], loss: float) -> None:
+        super().__init__(Accelerator(cpu=True))
+        self.size, self.other, self.loss = 2, other, loss
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.loss
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+def test_items_of_all_processes_are_recorded_and_named() -> None:
+    watching, _, _ = monitor()
+    recorded: list[Outcome] = []
+    watching.record = lambda outcome, loss, norm: recorded.append(outcome)
+    watching.team = Pair([[Seen(("far",), torch.tensor([0.75]), torch.tensor([0.5]), 0.5)]], 0.5)
+    watching(outcome(0, 1.0, 2.0))
+    items = [(item.key, item.t, item.loss) for seen in recorded[0].seen for item in seen.items()]
+    assert items == [("item0", 0.25, 2.0), ("item1", 0.25, 4.0), ("far", 0.75, 1.0)]
+    nan = float("nan")
+    watching.team = Pair([[Seen(("far",), torch.tensor([0.75]), torch.tensor([nan]), 0.5)]], nan)
+    with pytest.raises(UserError, match=r"with far \(timestep 750\)\."):
+        watching(outcome(1, 1.0))

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from kontext.generation.request import Request
+from kontext.training.names import Names
 from kontext.training.optimizers import evaluation_weights
 from kontext.training.plan import Plan
 from kontext.training.previews import GAP, Previews, Rhythm, Sample, grid
@@ -53,7 +54,7 @@ def test_a_schedule_free_run_is_sampled_with_its_average(tmp_path: Path) -> None
     )  # fmt: skip
     Previews(
         kontext, [sample], plan=PLAN, rhythm=Rhythm(), weights=lambda: evaluation_weights(run.optimizer, parameters),
-        folder=tmp_path, name="a", drawn=lambda *_: None,
+        team=run.team, names=Names(tmp_path, "a"), drawn=lambda *_: None,
     ).draw("000004", 4)  # fmt: skip
     with evaluation_weights(run.optimizer, parameters):
         expected = run.weights()
