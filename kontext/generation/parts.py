@@ -20,7 +20,7 @@ from kontext.checkpoints import (
     open_source,
     transformer_config,
 )
-from kontext.console import say
+from kontext.console import notice, say
 from kontext.errors import UserError
 from kontext.lora.branches import attach_adapters
 from kontext.lora.merge import merging
@@ -31,6 +31,7 @@ from kontext.memory.tiling import Mode, tile
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer
 from kontext.quant import Mode as Rounding
+from kontext.quant import ProductLinear, QuantisedLinear
 
 T = TypeVar("T")
 
@@ -151,16 +152,11 @@ def open_transformer(
     Raises UserError when no file was given for the transformer, for LoRAs that do not fit, and for a merge into 4 bits.
     """
     path = _given(files.dit, "dit")
+    _check_merge(loras, runtime)
     say(f"Loading the transformer: {path}")
     source = open_source(path, "transformer")
     adapters = read_adapters(loras.paths, transformer_config(source))
     patterns = {"include_patterns": loras.include_patterns, "exclude_patterns": loras.exclude_patterns}
-    if adapters and loras.merge and runtime.quantization == "nf4":
-        raise UserError(
-            f"{loras.paths[0]} cannot be merged into weights of 4 bits: rounding moves them several times further "
-            "than a LoRA does. Attach it instead (--lora-attach, which generate does by itself), or use --fp8-scaled or "
-            "--int8 in place of --nf4."
-        )
     attach = bool(adapters) and not loras.merge and (loras.attach or runtime.quantization is not None)
     edit = merging(adapters, strengths, **patterns) if adapters and not attach else None
     model = load_transformer(
@@ -171,11 +167,33 @@ def open_transformer(
         edit=edit,
         on_host=runtime.placement.on_host,
     )
+    _tell_of_products(model, runtime, path)
     attend = attention_backend(runtime.attention)
     use_attention(model, in_parts(attend) if runtime.split_attention else attend)
     if not attach:
         return model, None
     return model, attach_adapters(model, adapters, strengths, device=runtime.device, **patterns).strengths
+
+
+def _check_merge(loras: Loras, runtime: Runtime) -> None:
+    if loras.merge and loras.paths and runtime.quantization == "nf4":
+        raise UserError(
+            f"{loras.paths[0]} cannot be merged into weights of 4 bits: rounding moves them several times further "
+            "than a LoRA does. Attach it instead (--lora-attach, which generate does by itself), or use --fp8-scaled or "
+            "--int8 in place of --nf4."
+        )
+
+
+def _tell_of_products(model: Transformer, runtime: Runtime, path: Path) -> None:
+    """A notice of weights that are not multiplied in 8 bits although that was asked for."""
+    if not (runtime.quantization or "").endswith("_fast"):
+        return
+    kinds = [type(module) for module in model.modules() if isinstance(module, QuantisedLinear)]
+    if slow := len(kinds) - kinds.count(ProductLinear):
+        notice(
+            f"{path}: {slow} of {len(kinds)} weights are not multiplied in 8 bits, for their sizes are no multiples of 16, "
+            "or the file has scales for parts of their rows."
+        )
 
 
 def _given(path: Path | None, name: str) -> Path:

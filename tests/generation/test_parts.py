@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kontext.errors import UserError
@@ -85,6 +85,19 @@ def test_no_lora_is_merged_into_weights_of_4_bits(tiny_files, lora):
     ):
         open_transformer(files, runtime, replace(lora, merge=True), lora.multipliers)
     open_transformer(files, runtime, Loras(merge=True), ())
+
+
+def test_weights_that_are_not_multiplied_in_8_bits_are_told_of(tiny_files, tmp_path, capsys):
+    """A file in fp8 stays as it is: with scales for parts of rows, it is restored to be multiplied."""
+    name, state = "double_blocks.0.img_attn.proj", load_file(tiny_files.dit)
+    state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.float8_e4m3fn)
+    state[f"{name}.weight_scale"] = torch.ones(64, 2)
+    save_file(state, tmp_path / "blocks.safetensors")
+    runtime = replace(RUNTIME, quantization="fp8_fast")
+    open_transformer(ModelFiles(dit=tiny_files.dit), runtime, Loras(), ())
+    assert "multiplied" not in capsys.readouterr().err
+    open_transformer(ModelFiles(dit=tmp_path / "blocks.safetensors"), runtime, Loras(), ())
+    assert "1 of 20 weights are not multiplied in 8 bits" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
