@@ -166,7 +166,7 @@ def _request(options: Generate) -> Request:
 
 def _writer(options: Generate, loras: Loras, crew: Processes) -> Writer:
     """Where results go, with the settings that hold for the whole run. Raises UserError for a bad folder."""
-    common = {"software": f"kontext {__version__}"} | run_settings(options)
+    common = {"software": f"kontext {__version__}"} | run_settings(options, loras)
     if options.dit is not None:
         common["dit"] = options.dit.name
     if options.lora_weight:

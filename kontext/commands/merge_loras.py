@@ -118,7 +118,8 @@ def _write(
     alpha = _common(change.rank * change.scale for change in changes.values())
     kept = {key: value for key, value in metadata.items() if key not in STALE}
     kept |= {"merged_from": merged_from, "ss_network_dim": rank, "ss_network_alpha": alpha}
-    save_tensors(out, format_lora(changes, format, config, dtype), kept)
+    magnitudes = {module: r.magnitude for module, r in made.items() if r.magnitude is not None}
+    save_tensors(out, format_lora(changes, format, config, dtype, magnitudes), kept)
     rows = [(m, r.change.rank, f"{r.kept:.2%}") for m, r in made.items() if r.kept < ALMOST]
     if rows:
         table("Kept of the changes (squared norm)", ("module", "rank", "kept"), rows)

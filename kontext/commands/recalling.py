@@ -8,23 +8,31 @@ from pydantic import ValidationError
 from kontext.console import notice, say
 from kontext.errors import UserError
 from kontext.generation.formats import read_settings
+from kontext.generation.parts import Loras
 from kontext.options.base import flag_name
 from kontext.options.generate import Generate
 from kontext.options.shared import WEIGHTS
 
 WEIGHT_OPTIONS = tuple(name for form in WEIGHTS for name in form)
-RUN_OPTIONS = ("dtype", "vae_dtype", *WEIGHT_OPTIONS, "t5_max_length", "fp8_t5")
+RUN_OPTIONS = (
+    "dtype", "vae_dtype", "vae_tiling", *WEIGHT_OPTIONS, "t5_max_length", "fp8_t5", "attn_mode", "split_attn",
+    "lora_attach",
+)  # fmt: skip
 """Options of a whole run that change its pictures; noted where they are not the default."""
+LISTS = ("include_patterns", "exclude_patterns")
+"""The same, of several texts: one on each line."""
 
 
-def run_settings(options: Generate) -> dict[str, str]:
-    """The values of RUN_OPTIONS that are not the default, as text."""
+def run_settings(options: Generate, loras: Loras) -> dict[str, str]:
+    """The values of RUN_OPTIONS and LISTS that are not the default, as text. `loras`: as they are used."""
     values = {name: getattr(options, name) for name in RUN_OPTIONS}
-    return {
+    values["lora_attach"] = bool(loras.paths) and loras.attach
+    found = {
         name: str(value).lower()
         for name, value in values.items()
         if value != Generate.model_fields[name].default
     }
+    return found | {name: "\n".join(getattr(options, name)) for name in LISTS if getattr(options, name)}
 
 
 READ: dict[str, Callable[[str], object]] = {
@@ -34,7 +42,7 @@ READ: dict[str, Callable[[str], object]] = {
          "mask_blur", "strength", *RUN_OPTIONS),
         str,
     ),
-    "control_image": str.splitlines,
+    **dict.fromkeys(("control_image", *LISTS), str.splitlines),
     "lora_multiplier": str.split,
 }  # fmt: skip
 """Settings that are options of the same name, and how their text is read."""

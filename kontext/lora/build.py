@@ -101,6 +101,10 @@ def swap_rows(change: Change) -> Change:
         return LowRank(change.down, swap_halves(change.up), change.scale)
     if isinstance(change, Difference):
         return Difference(swap_halves(change.values))
+    if isinstance(change, Decomposed):
+        by_row = change.magnitude.shape[1] == 1  # lengths of columns do not mind the order of rows
+        magnitude = swap_halves(change.magnitude) if by_row else change.magnitude
+        return Decomposed(swap_rows(change.inner), magnitude)
     return Swapped(change)
 
 

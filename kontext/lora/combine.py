@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kontext.checkpoints.source import Source
 from kontext.errors import UserError
-from kontext.lora.deltas import Delta, LowRank
+from kontext.lora.deltas import Decomposed, Delta, LowRank
 from kontext.lora.fuse import fuse
 from kontext.lora.merge import Plan, merge_weight
 from kontext.lora.weights import stored_tensors
@@ -20,10 +20,14 @@ EXACT_SIZE = 512  # of the smaller side: up to here a full decomposition is quic
 
 @dataclass(frozen=True)
 class Reduced:
-    """A low-rank change, and the part of the original's squared norm that it keeps."""
+    """A low-rank change, and the part of the original's squared norm that it keeps.
+
+    magnitude (out, 1): of a DoRA, the lengths of the rows that it leads to.
+    """
 
     change: LowRank
     kept: float
+    magnitude: Tensor | None = None
 
 
 def combine(
@@ -33,12 +37,16 @@ def combine(
 
     rank: None keeps the sum exactly: ranks add up. shapes: by BFL tensor name.
 
-    Raises UserError when a change depends on the base (DoRA), and for one in full without a rank.
+    A DoRA comes out as it was. Raises UserError where that is not possible, for other changes that depend on the base,
+    and for one in full without a rank.
     """
     for name, changes in plan.items():
         if not name.endswith(".weight"):
             continue
         module = name.removesuffix(".weight")
+        if any(isinstance(delta.change, Decomposed) for delta, _ in changes):
+            yield module, _as_it_was(changes, shapes[name][0], rank)
+            continue
         _check(changes)
         deltas, strengths = [d for d, _ in changes], [s for _, s in changes]
         fused = fuse(deltas, shapes[name][0], strengths)
@@ -107,9 +115,27 @@ def _check(changes: Sequence[tuple[Delta, float]]) -> None:
     for delta, _ in changes:
         if delta.change.needs_base:
             raise UserError(
-                f"{delta.key} depends on the weights it is for (DoRA or a replacement). "
+                f"{delta.key} depends on the weights it is for (a replacement). "
                 "Merge it into a checkpoint with --dit instead."
             )
+
+
+def _as_it_was(changes: Sequence[tuple[Delta, float]], rows: int, rank: int | None) -> Reduced:
+    """The DoRA of one file, with its parts side by side: rows have lengths of their own, so that is exact."""
+    deltas = [delta for delta, _ in changes]
+    parts = [Delta(d.target, d.change.inner, d.key) for d in deltas if isinstance(d.change, Decomposed)]
+    by_row = all(isinstance(d.change, Decomposed) and d.change.magnitude.shape[1] == 1 for d in deltas)
+    covered = sum(delta.target.stop - delta.target.start for delta in deltas) == rows
+    fused = fuse(parts, rows) if by_row and covered else None
+    if fused is None or rank is not None or any(strength != 1 for _, strength in changes):
+        raise UserError(
+            f"{deltas[0].key} is a DoRA, which depends on the weights it is for. Alone, at strength 1, with lengths of "
+            "rows for whole layers and without --rank it can be converted; else merge it into a checkpoint with --dit."
+        )
+    magnitude = torch.zeros(rows, 1)
+    for delta in deltas:
+        magnitude[delta.target.start : delta.target.stop] = delta.change.magnitude.float()
+    return Reduced(fused, 1.0, magnitude)
 
 
 def _truncate(u: Tensor, s: Tensor, vt: Tensor, total: Tensor, rank: int) -> Reduced:

@@ -14,23 +14,33 @@ Format = Literal["kohya", "diffusers", "bfl", "comfy"]
 
 
 def format_lora(
-    changes: Mapping[str, LowRank], format: Format, config: TransformerConfig, dtype: torch.dtype
+    changes: Mapping[str, LowRank],
+    format: Format,
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a file with `changes` by BFL module.
 
     kohya: `lora_unet_...lora_down.weight` with alphas (musubi-tuner, sd-scripts, ComfyUI, diffusers).
     diffusers: `transformer....lora_A.weight`, fused layers split, scales in the tensors (diffusers, PEFT).
     bfl: `double_blocks....lora_A.weight` with alphas. comfy: the same below `diffusion_model.`.
+
+    magnitudes: by module, (out, 1), of DoRAs; `lora_magnitude_vector` in diffusers' format, else `dora_scale`.
     """
     tensors: dict[str, Tensor] = {}
+    magnitudes = magnitudes or {}
     for module, change in changes.items():
         if format == "diffusers":
-            tensors |= _diffusers(module, change, config)
-        elif format == "kohya":
-            tensors |= _named(f"lora_unet_{module.replace('.', '_')}", change, "lora_down", "lora_up")
-        else:
-            prefix = "diffusion_model." if format == "comfy" else ""
-            tensors |= _named(f"{prefix}{module}", change, "lora_A", "lora_B")
+            tensors |= _diffusers(module, change, config, magnitudes.get(module))
+            continue
+        prefix = "diffusion_model." if format == "comfy" else ""
+        stem = f"lora_unet_{module.replace('.', '_')}" if format == "kohya" else f"{prefix}{module}"
+        tensors |= _named(
+            stem, change, *(("lora_down", "lora_up") if format == "kohya" else ("lora_A", "lora_B"))
+        )
+        if module in magnitudes:
+            tensors[f"{stem}.dora_scale"] = magnitudes[module]
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
@@ -42,17 +52,23 @@ def _named(stem: str, change: LowRank, down: str, up: str) -> dict[str, Tensor]:
     }
 
 
-def _diffusers(module: str, change: LowRank, config: TransformerConfig) -> dict[str, Tensor]:
+def _diffusers(
+    module: str, change: LowRank, config: TransformerConfig, magnitude: Tensor | None
+) -> dict[str, Tensor]:
     """One module, or one for each part of a fused layer. A part whose change is nothing is left out."""
     names = diffusers_modules(module)
     sizes = part_sizes(module, width=config.width, mlp_width=config.mlp_width) or (change.shape[0],)
     up = swap_halves(change.up) if module == SWAPPED else change.up
     tensors = {}
     for name, rows in zip(names, up.float().split(sizes), strict=True):
-        used = _used(rows)
+        used = _used(rows) or ([] if magnitude is None else [0])
         if used:
             tensors[f"transformer.{name}.lora_A.weight"] = change.down[used]
             tensors[f"transformer.{name}.lora_B.weight"] = change.scale * rows[:, used]
+    if magnitude is not None:
+        lengths = swap_halves(magnitude) if module == SWAPPED else magnitude
+        for name, part in zip(names, lengths.squeeze(1).split(sizes), strict=True):
+            tensors[f"transformer.{name}.lora_magnitude_vector"] = part
     return tensors
 
 

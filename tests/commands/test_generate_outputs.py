@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from kontext.commands.recalling import recall, run_settings
+from kontext.commands.recalling import READ, recall, run_settings
 from kontext.generation.formats import read_settings, save_picture
 from kontext.generation.outputs import Writer
+from kontext.generation.parts import Loras
 from kontext.options.generate import Generate
 
 
@@ -38,9 +41,47 @@ def test_a_picture_is_repeated_from_its_settings(generate, tmp_path, photo):
     assert not np.array_equal(Image.open(other), Image.open(first))
 
 
+def test_masks_loras_and_several_references_are_repeated(generate, tmp_path, photo):
+    mask, stem = tmp_path / "mask.png", "lora_unet_{}_blocks_0_{}"
+    Image.fromarray(np.uint8(255) * (np.arange(80)[None].repeat(48, 0) < 40)).save(mask)
+    lora = {
+        f"{stem.format(*place)}.lora_{part}.weight": torch.full(shape, 0.25)
+        for place in (("double", "img_attn_proj"), ("double", "txt_attn_proj"), ("single", "linear2"))
+        for part, shape in (("down", (1, 320 if place[0] == "single" else 64)), ("up", (64, 1)))
+    }
+    save_file(lora, tmp_path / "a.safetensors")
+    given = ("--lora-weight", tmp_path / "a.safetensors")
+    (tmp_path / "p.txt").write_text("red --strength 0.8 --m 1.5:single=0.5,double1-3=2\n")
+    options = (
+        "--from-file", tmp_path / "p.txt", "--control-image", photo, photo, "--no-resize-control", "--sampler", "dpmpp_2m",
+        "--schedule", "beta", "--noise-layout", "packed", "--control-placement", "index", "--mask", mask, "--mask-blur", 2,
+        "--include-patterns", r"double_blocks\..*", r"single_blocks\..*", "--exclude-patterns", ".*txt_attn.*", "--int8",
+        "--split-attn", "--seed", 3, *given,
+    )  # fmt: skip
+    assert generate(*options, "--output-name", "first", size=(48, 80))[0] == 0
+    first, again = (tmp_path / "out" / f"{name}.png" for name in ("first", "again"))
+    code, said = generate("--from-image", first, *given, "--output-name", "again", size=None)
+    assert code == 0 and again.read_bytes() == first.read_bytes(), said
+    code, _ = generate(
+        "--from-image", first, *given, "--exclude-patterns", "x", "--output-name", "o", size=None
+    )
+    assert code == 0 and not np.array_equal(Image.open(tmp_path / "out" / "o.png"), Image.open(first))
+
+
+def test_every_option_is_repeated_or_changes_no_picture():
+    """A new option must say which it is: name it in `recalling`, or here."""
+    models = {"dit", "vae", "text_encoder1", "text_encoder2", "tokenizer1", "tokenizer2", "lora_weight"}
+    unchanging = {
+        "device", "blocks_to_swap", "modulation", "lycoris", "save_merged_model", "save_path", "output_name",
+        "output_type", "output_format", "grid", "preview", "no_metadata", "from_file", "from_image",
+        "images_per_prompt", "interactive", "latent_path", "config_file", "print_config", "debug",
+    }  # fmt: skip
+    assert READ.keys() | {"seed", "image_size"} | models | unchanging == Generate.model_fields.keys()
+
+
 def test_the_form_of_the_weights_may_be_another(tmp_path, tiny_files):
     """It is noted with the picture, and gives way as a whole to the one that is asked for."""
-    assert run_settings(Generate(int8=True, int8_fast=True)) == {"int8": "true", "int8_fast": "true"}
+    assert run_settings(Generate(int8=True, int8_fast=True), Loras()) == {"int8": "true", "int8_fast": "true"}
     settings = {"prompt": "x", "seeds": "1", "width": "64", "height": "64", "fp8": "true", "fp8_fast": "true"}
     save_picture(tmp_path / "a.png", Image.new("RGB", (64, 64)), settings)
     again = recall(Generate(), tmp_path / "a.png")

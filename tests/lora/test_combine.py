@@ -69,9 +69,27 @@ def test_full_differences_need_a_rank():
 
 
 def test_dora_cannot_leave_its_base():
-    dora = Decomposed(low_rank(1, 2), torch.ones(30, 1))
-    with pytest.raises(UserError, match="depends on the weights .* --dit"):
-        list(combine(planned(dora), SHAPES, None))
+    """Only as it is: whole, alone, by row, at strength 1, at its rank."""
+    dora, by_column = (Decomposed(low_rank(1, 2), torch.ones(shape)) for shape in ((30, 1), (1, 20)))
+    half = {
+        "a.weight": [
+            (
+                Delta(
+                    Target("a.weight", 0, 15), Decomposed(low_rank(1, 2, (15, 20)), torch.ones(15, 1)), "stem"
+                ),
+                1.0,
+            )
+        ]
+    }
+    weaker = {"a.weight": [(planned(dora)["a.weight"][0][0], 0.5)]}
+    for plan, rank in (
+        (planned(dora), 1), (planned(dora, dora), None), (planned(dora, low_rank(2, 2)), None), (planned(by_column), None),
+        (half, None), (weaker, None),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="stem is a DoRA, which depends on the weights .* --dit"):
+            list(combine(plan, SHAPES, rank))
+    ((_, reduced),) = combine(planned(dora), SHAPES, None)
+    assert torch.equal(reduced.magnitude, dora.magnitude) and reduced.change.rank == 2
 
 
 def test_large_matrices_are_reduced_nearly_as_well():

@@ -1,16 +1,20 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
+from kontext.cli import main
 from kontext.lora.adapter import LoraLinear
 from kontext.lora.deltas import LowRank
 from kontext.lora.formats import Format, format_lora
 from tests.lora.models import CONFIG
 from tests.lora.reference import assert_same_change, bfl_weights, diffusers_model, merged_by_us, read, save
-from tests.lora.test_files import dense, fused, trained_modules
+from tests.lora.test_files import dense, fused, peft_model, trained_modules
 
 
 def changes(modules: dict[str, LoraLinear]) -> dict[str, LowRank]:
@@ -74,3 +78,24 @@ def test_a_block_diagonal_up_is_split_into_its_blocks(tmp_path: Path):
     model.load_lora_adapter(dict(tensors), prefix="transformer")
     adapter = read(save(tmp_path / "a.safetensors", tensors))
     assert_same_change(merged_by_us(adapter), fused(model))
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "bfl", "comfy"])
+def test_a_dora_goes_through_every_format(tmp_path: Path, format: Format, monkeypatch):
+    """From PEFT's file of diffusers' split layers; the one in diffusers' names is loaded by diffusers and PEFT again."""
+    model = peft_model(use_dora=True)
+    tensors = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model).items()}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 6})}
+    save(tmp_path / "peft.safetensors", tensors, metadata)
+    expected = fused(model)
+    monkeypatch.setattr("kontext.commands.merge_loras.config_for", lambda paths: CONFIG)
+    out = tmp_path / "out.safetensors"
+    arguments = ["merge", "--lora-weight", str(tmp_path / "peft.safetensors"), "--output", str(out)]
+    assert main([*arguments, "--format", format]) == 0
+    adapter = read(out)
+    assert adapter.kinds == ["DoRA"] and not adapter.unmatched
+    assert_same_change(merged_by_us(adapter), expected)
+    if format == "diffusers":
+        again = diffusers_model()
+        again.load_lora_adapter(load_file(out), prefix="transformer")
+        assert_same_change(fused(again), expected)
