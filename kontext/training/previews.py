@@ -131,7 +131,10 @@ class Previews:
             latents = [self.kontext.denoise(self.samples[number].conditioned) for number in mine]
         transformer.train(training)
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
-        pictures = [self.kontext.decode(latent) for latent in latents]
+        pictures = [
+            self.kontext.finish(sample.conditioned.framed, latent)
+            for sample, latent in zip(self.samples, latents, strict=True)
+        ]
         autoencoder.cpu()
         return dict(zip(mine, pictures, strict=True))
 

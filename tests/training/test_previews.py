@@ -49,7 +49,7 @@ def test_a_schedule_free_run_is_sampled_with_its_average(tmp_path: Path) -> None
     sample = Sample(SimpleNamespace(framed=SimpleNamespace(request=request, width=16, height=16)), ())
     kontext = SimpleNamespace(
         transformer=lambda: run.transformer, denoise=lambda conditioned: drawn_with.append(run.weights()),
-        autoencoder=lambda: torch.nn.Identity(), decode=lambda latent: Image.new("RGB", (16, 16)),
+        autoencoder=lambda: torch.nn.Identity(), finish=lambda framed, latent: Image.new("RGB", (16, 16)),
         runtime=SimpleNamespace(device="cpu"),
     )  # fmt: skip
     Previews(
