@@ -19,6 +19,7 @@ from kontext.options.config_file import render
 from kontext.options.reference import sections
 from kontext.options.resolve import resolve
 from kontext.options.spec import nearest
+from kontext.readahead import read_ahead
 
 MEMORY_ADVICE = {
     "fp8_scaled": "--fp8-scaled",
@@ -118,6 +119,7 @@ def _run(name: str, arguments: list[str]) -> int:
         console.output(render(options))
         return 0
     reuse_freed_memory()
+    read_ahead(options.weights())
     return guarded(lambda: COMMANDS[name].run()(options), debug=options.debug, model=model)
 
 

@@ -32,7 +32,7 @@ BELOW_COMMANDS = GROUND | MATHS | {"checkpoints", "lora", "data", "generation", 
 LAYERS: dict[str, set[str]] = {
     "__init__": {"generation"},  # the door for programs, opened when it is asked for
     "__main__": {"cli"},
-    "cli": {"allocation", "app", "options", "commands", "console", "errors", "__version__"},
+    "cli": {"allocation", "app", "options", "commands", "console", "errors", "readahead", "__version__"},
     "app": {"options"},
     "options": {"errors"},
     "commands": BELOW_COMMANDS | {"options"},
@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "generation": GROUND | MATHS | {"checkpoints", "lora", "data"},
     "lora": GROUND | {"checkpoints", "quant", "model"},
     "data": GROUND | {"model"},
-    "checkpoints": GROUND | {"quant", "model"},
+    "checkpoints": GROUND | {"quant", "model", "readahead"},
     "backends": {"errors", "model"},
     "memory": {"errors", "model"},
     "quant": {"errors"},
@@ -56,10 +56,11 @@ LAYERS: dict[str, set[str]] = {
     "console": set(),
     "errors": set(),
     "allocation": set(),
+    "readahead": set(),
 }
 # The maths stands on torch alone; type annotations of transformers' classes do not count.
 MATHS_PACKAGES = {"torch", "einops"}
-LIGHT = ("cli", "app", "options", "console", "errors", "__init__", "__main__")
+LIGHT = ("cli", "app", "options", "readahead", "console", "errors", "__init__", "__main__")
 HEAVY = {"torch", "transformers", "accelerate", "diffusers", "safetensors", "PIL", "numpy", "bitsandbytes"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

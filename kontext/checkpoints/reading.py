@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kontext.checkpoints.source import Source
 from kontext.errors import UserError
 from kontext.quant import FP8, Mode, Quantised, dequantise, quantisable, quantise, quantised_linear
+from kontext.readahead import read_ahead
 
 SCALES = ("scale_weight", "weight_scale")
 COMPANION = re.compile(r"(.*\.)?(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)")
@@ -103,6 +104,7 @@ def fill(
     the CPU, whatever the device is. Only one tensor at a time exists in another form than its last one. Names
     with the same origin share their tensor.
     """
+    read_ahead(source.files)
     model.requires_grad_(False)
     state: dict[str, Tensor] = {}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

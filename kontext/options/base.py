@@ -14,6 +14,7 @@ fields. Example of a group, and of a command that inherits it:
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,6 +34,10 @@ class Options(BaseModel):
         protected_namespaces=(),
         defer_build=True,  # `--help` needs no validators
     )
+
+    def weights(self) -> tuple[Path, ...]:
+        """Files and folders that the command is sure to load from, in that order."""
+        return ()
 
 
 def option(

@@ -180,3 +180,10 @@ class Generate(
     """Make or edit pictures."""
 
     dit: Path | None = optional(Dit, "dit")
+
+    def weights(self) -> tuple[Path, ...]:
+        if self.save_merged_model is not None:
+            return ()
+        encoders = (self.text_encoder1, self.text_encoder2, self.dit)
+        loaded = (self.vae, *(() if self.latent_path else encoders))
+        return tuple(path for path in loaded if path is not None)

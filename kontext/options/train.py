@@ -128,6 +128,12 @@ class Train(
 ):
     """Train a LoRA."""
 
+    def weights(self) -> tuple[Path, ...]:
+        if self.show_timesteps:
+            return ()
+        for_samples = (self.vae, self.text_encoder1, self.text_encoder2) if self.sample_prompts else ()
+        return (*(path for path in for_samples if path is not None), self.dit)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.min_timestep >= self.max_timestep:
