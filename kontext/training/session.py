@@ -153,7 +153,7 @@ class Session:
                 self.journal.flush()
 
         def stop(outcome: Outcome) -> None:
-            if outcome.step + 1 < self.examples.plan.steps and self.team.any(interrupts.requested):
+            if outcome.step + 1 < self.examples.plan.steps and self.team.any_before(interrupts.requested):
                 monitor.flush()
                 self.journal.flush()
                 if self.team.leads:

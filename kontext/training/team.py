@@ -13,6 +13,24 @@ from kontext.errors import UserError
 T = TypeVar("T")
 
 
+class Later:
+    """A number on its way from the device. Reading it waits for the work before it, not for what was queued since."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
+        self.number = number
+        if number.device.type == "cuda":
+            self.number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self.number.copy_(number, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> float:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.number.item()
+
+
 class Team:
     """A thin layer over accelerate. With one process everything here does nothing.
 
@@ -25,6 +43,7 @@ class Team:
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.leads: bool = accelerator.is_main_process
+        self._asked: Later | None = None
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Every process gets the sum of all gradients; one without a batch in this step adds zeros."""
@@ -60,11 +79,12 @@ class Team:
         """Which of `count` uses of the model, from 0, are this process' part."""
         return range(count)[self.rank :: self.size]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        return (
-            flag if self.size == 1 else bool(self.sum(torch.tensor([flag], device=self.device).int()).item())
-        )
+    def any_before(self, flag: bool) -> bool:
+        """Whether the flag was set in any process at the last call: on a GPU the answer of now would be waited for."""
+        if self.size == 1:
+            return flag
+        before, self._asked = self._asked, Later(self.sum(torch.full((), float(flag), device=self.device)))
+        return before is not None and before.read() > 0
 
     def finish(self) -> None:
         """Wait until every process has come here, then close logs and the connection."""
