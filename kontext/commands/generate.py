@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kontext import __version__
 from kontext.backends import attention_backend
-from kontext.checkpoints import open_source
+from kontext.checkpoints import open_source, transformer_config
 from kontext.checkpoints.recognise import Kind
 from kontext.commands.conversing import converse
 from kontext.commands.merge import merge_into_checkpoint
@@ -20,6 +20,7 @@ from kontext.generation.parts import Loras, Runtime
 from kontext.generation.pipeline import Kontext
 from kontext.generation.prompt_files import read_prompt_file
 from kontext.generation.request import Request
+from kontext.lora.files import read_adapter
 from kontext.lora.merge import spread
 from kontext.options.base import flag_name, need
 from kontext.options.generate import Generate
@@ -112,11 +113,9 @@ def _check_models(options: Generate) -> None:
     if options.output_type != "latent" or options.preview:
         kinds["vae"] = "autoencoder"
     need(options, *kinds, because="to make a picture")
-    for name, kind in kinds.items():
-        open_source(getattr(options, name), kind)
+    sources = {name: open_source(getattr(options, name), kind) for name, kind in kinds.items()}
     for path in options.lora_weight:
-        if not path.is_dir():
-            open_source(path, "LoRA")
+        read_adapter(path, transformer_config(sources["dit"]))
     attention_backend(options.attn_mode)
 
 
