@@ -51,7 +51,7 @@ class QuantisedLinear(nn.Module):
 
 
 class _Products(torch.autograd.Function):
-    """The same with x, and in the backward pass the gradient, rounded to 8 bits too."""
+    """The same for x (n, in), with x, and in the backward pass the gradient, rounded to 8 bits too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -70,7 +70,9 @@ class ProductLinear(QuantisedLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Products.apply(x, self.weight, self.scale, self.bias)
+        # Laid out as rows out here: what a Function makes and returns as a view cannot be added to in place.
+        rows = _Products.apply(x.flatten(0, -2), self.weight, self.scale, self.bias)
+        return rows.unflatten(0, x.shape[:-1])
 
 
 def quantised_linear(value: Quantised, bias: Tensor | None, mode: Mode) -> QuantisedLinear:

@@ -21,21 +21,18 @@ LEAST_ROWS = 32  # cuBLAS multiplies whole numbers from 17 rows on
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x W^T + b. x (..., in) of any float type, also the result's (..., out).
+    """x W^T + b. x (n, in) of any float type, also the result's (n, out).
 
     weight (out, in) fp8 or int8; scale (out, 1) or None for ones; bias (out,) or None. Sizes are multiples of 16.
     """
-    rows, by_row = round_rows(x.flatten(0, -2), weight.dtype)
-    out = _product(rows, weight.t(), by_row, scale, bias, x.dtype)
-    return out.unflatten(0, x.shape[:-1])
+    rows, by_row = round_rows(x, weight.dtype)
+    return _product(rows, weight.t(), by_row, scale, bias, x.dtype)
 
 
 def multiply_back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The gradient (..., in) of `multiply`'s x, of the gradient (..., out) of its result."""
-    folded = gradient if scale is None else gradient * scale.view(-1)
-    rows, by_row = round_rows(folded.flatten(0, -2), weight.dtype)
-    out = _product(rows, weight, by_row, None, None, gradient.dtype)
-    return out.unflatten(0, gradient.shape[:-1])
+    """The gradient (n, in) of `multiply`'s x, of the gradient (n, out) of its result."""
+    rows, by_row = round_rows(gradient if scale is None else gradient * scale.view(-1), weight.dtype)
+    return _product(rows, weight, by_row, None, None, gradient.dtype)
 
 
 def supported(device: torch.device, dtype: torch.dtype) -> bool:

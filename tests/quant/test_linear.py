@@ -44,6 +44,20 @@ def test_products_forward_and_back(mode):
     assert all(p.grad is None for p in layer.parameters())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_comes_out_may_be_added_to_in_place(mode):
+    """As adapters do."""
+    layer = layer_of(mode)
+    x, y = (draw(2, 40, 128, seed=3).requires_grad_() for _ in range(2))
+    out, apart = layer(x), layer(y)
+    out[..., 8:] += x[..., :40]
+    added = apart + F.pad(y[..., :40], (8, 0))
+    assert torch.equal(out, added)
+    for total in (out, added):
+        total.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
 @pytest.mark.parametrize(("out", "columns"), [(40, 128), (48, 104)])
 @pytest.mark.parametrize("mode", ["fp8_fast", "int8_fast"])
 def test_sizes_that_products_do_not_take_are_restored(mode, out, columns):
