@@ -1,9 +1,10 @@
 """Gradient checkpointing: a block forgets what it computed and computes it again in the backward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,19 +49,22 @@ class Recomputed(nn.Module):
     def modulation(self) -> nn.Module:
         return self.block.modulation
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         """Inputs are the block's: one or two token streams, the modulation and the position table."""
         *streams, mod, pe = inputs
         if not torch.is_grad_enabled():
-            return self.block(*inputs)
+            return self.block(*inputs, **named)
         with self._storage():
-            return checkpoint(partial(_call, self.block, mod, pe), *streams, use_reentrant=False)
+            block = partial(self.block, **named)
+            return checkpoint(partial(_call, block, mod, pe), *streams, use_reentrant=False)
 
     def _storage(self) -> AbstractContextManager[object]:
         return saved_tensors_hooks(to_host, from_host) if self.offload else nullcontext()
 
 
-def _call(block: nn.Module, mod: Tensor, pe: Tensor, *streams: Tensor) -> Tensor | tuple[Tensor, ...]:
+def _call(
+    block: Callable[..., Any], mod: Tensor, pe: Tensor, *streams: Tensor
+) -> Tensor | tuple[Tensor, ...]:
     with _marked():
         return block(*streams, mod, pe)
 

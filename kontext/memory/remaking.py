@@ -182,14 +182,14 @@ class Remade(nn.Module):
     def modulation(self) -> nn.Module:
         return self.block.modulation
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         if not torch.is_grad_enabled():
-            return self.block(*inputs)
+            return self.block(*inputs, **named)
         notebook = Notebook(selective=self.selective, outer=_enclosing_hooks())
         token = notes.set(notebook)
         try:
             with saved_tensors_hooks(notebook.pack, notebook.unpack):
-                return self.block(*inputs)
+                return self.block(*inputs, **named)
         finally:
             notes.reset(token)
             notebook.pages.clear()

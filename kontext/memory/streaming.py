@@ -13,7 +13,7 @@ keep instead, and fetches the block again.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +197,12 @@ class Streamed(nn.Module):
     def modulation(self, vecs: Sequence[Tensor]) -> list[Tensor]:
         return self.block.modulation(vecs)
 
-    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *args: Tensor, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
         self.ring.fetch(self.index)
         if not torch.is_grad_enabled() or recomputing.get():
-            return self.block(*args)
+            return self.block(*args, **named)
         with saved_tensors_hooks(self.pack, self.unpack):
-            return self.block(*args)
+            return self.block(*args, **named)
 
     def pack(self, tensor: Tensor) -> Tensor | Place:
         """What autograd keeps of a tensor: its place, if it lies in this block's slot."""

@@ -18,6 +18,9 @@ from kontext.model.attention import Attend, attention, rope, sdpa
 from kontext.model.elementwise import beside, gated, gelu, join, modulate, residual, turned
 from kontext.model.remade import product, projection
 
+Span = tuple[int, int]
+"""The first of some tokens that follow each other, and their number."""
+
 TIME_CHANNELS = 256
 TIME_FACTOR = 1000.0
 
@@ -184,12 +187,15 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(width, 3)
         self.attend: Attend = sdpa
 
-    def forward(self, x: Tensor, mod: Tensor, pe: Tensor) -> Tensor:
-        """x (B, L, D), mod (B, 1, 3 D)."""
+    def forward(self, x: Tensor, mod: Tensor, pe: Tensor, *, wanted: Span | None = None) -> Tensor:
+        """x (B, L, D), mod (B, 1, 3 D). The result is of the `wanted` tokens alone, which attend to all."""
         shift, scale, gate = mod.chunk(3, -1)
         qkv, hidden = product(self.linear1, modulate(x, shift, scale)).split(self.split, -1)
         q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
-        out = attention(*self.norm(q, k, pe), v, self.attend)
+        q, k = self.norm(q, k, pe)
+        first, count = wanted or (0, x.shape[1])
+        x, q, hidden = x.narrow(1, first, count), q.narrow(2, first, count), hidden.narrow(1, first, count)
+        out = attention(q, k, v, self.attend)
         return gated(x, gate, self.linear2(beside(out, hidden)))
 
 
@@ -257,13 +263,25 @@ class Transformer(nn.Module):
         self, img: Tensor, txt: Tensor, pe: Tensor, mods: Modulations, *, targets: int | None = None
     ) -> Tensor:
         """Velocity of the first `targets` image tokens, from embedded img (B, L, D) and txt (B, T, D)."""
+        img, txt = self.first(img, txt, pe, mods)
+        return self.final_layer(self.rest(img, txt, pe, mods, targets=targets), mods.vec)
+
+    def first(self, img: Tensor, txt: Tensor, pe: Tensor, mods: Modulations) -> tuple[Tensor, Tensor]:
+        """Both streams after the first block."""
+        return self.double_blocks[0](img, txt, mods.blocks[0], pe)
+
+    def rest(
+        self, img: Tensor, txt: Tensor, pe: Tensor, mods: Modulations, *, targets: int | None = None
+    ) -> Tensor:
+        """The first `targets` image tokens (B, targets, D) after all other blocks; the last computes only these."""
         double, single = mods.blocks[: len(self.double_blocks)], mods.blocks[len(self.double_blocks) :]
-        for block, mod in zip(self.double_blocks, double, strict=True):
+        for block, mod in zip(tuple(self.double_blocks)[1:], double[1:], strict=True):
             img, txt = block(img, txt, mod, pe)
         x = torch.cat((txt, img), 1)
-        for block, mod in zip(self.single_blocks, single, strict=True):
+        *inner, last = self.single_blocks
+        for block, mod in zip(inner, single[:-1], strict=True):
             x = block(x, mod, pe)
-        return self.final_layer(x[:, txt.shape[1] :][:, :targets], mods.vec)
+        return last(x, single[-1], pe, wanted=(txt.shape[1], targets or img.shape[1]))
 
     def forward(
         self,

@@ -93,3 +93,26 @@ def test_bfloat16_is_close(tiny_files, model):
         expected, found = model(**x), half(**low)
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() / expected.norm() < 0.03
+
+
+@torch.no_grad()
+def test_the_last_block_computes_target_tokens_alone(model):
+    """As if every token were computed; of 5 text, 6 target and 4 reference tokens only the targets ask at the end."""
+    x, asked = inputs(), []
+    last = model.single_blocks[-1]
+    plain = last.attend
+    last.attend = lambda q, k, v: asked.append((q.shape[2], k.shape[2])) or plain(q, k, v)
+    (mods,) = model.modulations([model.condition(x["t"], x["vector"], x["guidance"])])
+    img, txt, pe = model.img_in(x["img"]), model.txt_in(x["txt"]), model.positions(x["txt_ids"], x["img_ids"])
+    try:
+        found = model.trunk(img, txt, pe, mods, targets=6)
+    finally:
+        last.attend = plain
+    for block, mod in zip(model.double_blocks, mods.blocks[:2], strict=True):
+        img, txt = block(img, txt, mod, pe)
+    tokens = torch.cat((txt, img), 1)
+    for block, mod in zip(model.single_blocks, mods.blocks[2:], strict=True):
+        tokens = block(tokens, mod, pe)
+    expected = model.final_layer(tokens[:, 5:11], mods.vec)
+    assert asked == [(6, 15)] and found.shape == expected.shape
+    assert relative_error(found, expected) < 1e-6
