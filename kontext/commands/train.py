@@ -44,14 +44,12 @@ def run(options: Train) -> None:
     settings = values.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
 
-    kontext = Kontext(
-        model_files(options), values.runtime(options, team.device), train_network.base_loras(options)
-    )
+    kontext = Kontext(model_files(options), values.runtime(options, team), train_network.base_loras(options))
     samples = _samples(options, kontext, seed)
-    transformer, trained = train_model.model(options, kontext, network, seed)
+    transformer, trained, team = train_model.model(options, kontext, network, team, seed)
     updates = values.updates(options, network, trained.parameters, plan, team.device)
     average = train_average.average(options, updates)
-    start.load(updates, average)
+    start.load(updates, team, average)
     _introduce(plan, batches, trained)
 
     weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
@@ -73,7 +71,7 @@ def run(options: Train) -> None:
         team=team,
         examples=Examples(batches, plan, seed=seed, buckets=options.num_timestep_buckets),
         workers=options.max_data_loader_n_workers,
-        objective=Objective(transformer, values.timesteps(options), options.guidance_scale),
+        objective=Objective(transformer, values.timesteps(options), options.guidance_scale, team.run),
         updates=updates,
         start=start,
         names=names,
@@ -155,8 +153,7 @@ def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
 
 
 def _introduce(plan: Plan, batches: Batches, trained: Trained) -> None:
-    count = sum(parameter.numel() for parameter in trained.parameters.values())
     console.say(
-        f"Training {count:,} parameters in {trained.modules} modules: {batches.items_per_epoch} items in {plan.batches} "
+        f"Training {trained.count:,} parameters in {trained.modules} modules: {batches.items_per_epoch} items in {plan.batches} "
         f"batches an epoch, {plan.steps} steps over {plan.epochs} epochs."
     )

@@ -3,6 +3,7 @@
 from kontext import console
 from kontext.commands import train_values, train_whole
 from kontext.device import resolve_dtype
+from kontext.generation.parts import Runtime
 from kontext.generation.pipeline import Kontext
 from kontext.lora.files import load_weights
 from kontext.lora.report import read_adapters
@@ -13,28 +14,41 @@ from kontext.model.transformer import Transformer
 from kontext.options.train import Train
 from kontext.training.network import Network, build
 from kontext.training.seeds import seed_of
+from kontext.training.split import split
+from kontext.training.team import Team
 from kontext.training.trained import Adapters, Trained, Weights, thaw
 
 
-def model(options: Train, kontext: Kontext, network: Network, seed: int) -> tuple[Transformer, Trained]:
-    """The transformer and what is trained of it: load, attach or thaw, remake, place, recompute, in this order."""
-    transformer = kontext.transformer()
-    if train_whole.is_whole(options):
-        trained: Trained = _weights(options, kontext, network, transformer)
-    else:
-        trained = _adapters(options, kontext, network, transformer, seed)
-    policy = train_values.policy(options, kontext.runtime.device)
-    remake_blocks(transformer, policy)
-    kontext.runtime.placement.apply(transformer, kontext.runtime.device)
-    recompute_blocks(transformer, policy)
-    return transformer, trained
+def model(
+    options: Train, kontext: Kontext, network: Network, team: Team, seed: int
+) -> tuple[Transformer, Trained, Team]:
+    """The transformer, what is trained of it, and who trains it.
 
-
-def _weights(options: Train, kontext: Kontext, network: Network, transformer: Transformer) -> Weights:
-    runtime = kontext.runtime
+    Load, attach or thaw, remake, place, recompute, split, in this order.
+    """
+    transformer, runtime = kontext.transformer(), kontext.runtime
+    if not train_whole.is_whole(options):
+        adapters = _adapters(options, kontext, network, transformer, seed)
+        _spare(options, transformer, runtime)
+        return transformer, adapters, team
     parameters = thaw(transformer, network, stored=runtime.weights or runtime.dtype, rest=runtime.dtype)
-    compute_in(transformer, parameters, runtime.dtype)
-    return Weights(parameters, train_whole.layout(options))
+    together = train_whole.is_split(options, team)
+    if not together:
+        compute_in(transformer, parameters, runtime.dtype)
+    _spare(options, transformer, runtime)
+    if together:
+        console.say(f"{team.size} processes share one model (FSDP).")
+        team = sharing = split(team, transformer, parameters, runtime.dtype)
+        parameters = sharing.shares.parameters
+    return transformer, Weights(parameters, train_whole.layout(options), team), team
+
+
+def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
+    """Remake, place, recompute."""
+    policy = train_values.policy(options, runtime.device)
+    remake_blocks(transformer, policy)
+    runtime.placement.apply(transformer, runtime.device)
+    recompute_blocks(transformer, policy)
 
 
 def _adapters(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.amp import GradScaler
 
@@ -75,14 +76,14 @@ def team(options: Train) -> Team:
     folder = None
     if tracker and options.logging_dir:
         folder = options.logging_dir / f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}"
-    return Team(
-        Accelerator(
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # see `training.split`: accelerate is not to do it
+        accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # precision is chosen module by module, not by autocast
             log_with=tracker,
             project_dir=folder,
         )
-    )
+    return Team(accelerator)
 
 
 def _tracker(options: Train) -> str | None:
@@ -130,14 +131,17 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
     }
 
 
-def runtime(options: Train, device: torch.device) -> Runtime:
+def runtime(options: Train, team: Team) -> Runtime:
     """How the models are kept. Weights of the transformer that are trained stay on the device, in float32 if
-    --full-bf16 does not say otherwise.
+    --full-bf16 does not say otherwise; to be split among processes they are loaded on the host.
     """
-    found = model_runtime(options, device, dtype=precision(options), keep=True)
+    together = train_whole.is_split(options, team)
+    found = model_runtime(options, team.device, dtype=precision(options), keep=True)
     if not train_whole.is_whole(options):
         return found
-    return replace(found, placement=Placement(), weights=None if options.full_bf16 else torch.float32)
+    return replace(
+        found, placement=Placement(everything=together), weights=None if options.full_bf16 else torch.float32
+    )
 
 
 def timesteps(options: Train) -> Timesteps:

@@ -1,5 +1,7 @@
 """What `kontext train --network-module none` takes and refuses: training of the transformer itself."""
 
+import os
+
 from kontext.checkpoints import open_source
 from kontext.device import resolve_dtype
 from kontext.errors import UserError
@@ -7,6 +9,8 @@ from kontext.lora.as_loaded import AsLoaded
 from kontext.options.shared import WEIGHTS
 from kontext.options.train import Train
 from kontext.training.names import Names
+from kontext.training.optimizers import class_of
+from kontext.training.team import Team
 
 # Options that say nothing without adapters, or that weights which change do not allow.
 ADAPTERS = "it is about adapters: leave it out"
@@ -22,6 +26,9 @@ REFUSED = {
     **{name: FROZEN.format("kept in few bits") for form in WEIGHTS for name in form},
     "blocks_to_swap": FROZEN.format("streamed from the host"),
 }
+
+# Optimizers that treat every number by itself.
+ELEMENTWISE = ("torch.AdamW", "torch.Adam", "torch.SGD", "schedulefree.AdamWScheduleFree")
 
 
 def is_whole(options: Train) -> bool:
@@ -43,6 +50,26 @@ def check(options: Train) -> None:
     final = names(options).final()
     if final.exists() and options.dit.exists() and final.samefile(options.dit):
         raise UserError(f"{final} is --dit itself: give another --output-name or --output-dir.")
+
+
+def is_split(options: Train, team: Team) -> bool:
+    """Whether the processes share one model: FSDP, as `accelerate launch --use_fsdp` asks for it.
+
+    Raises UserError for what it does not go with.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or team.size == 1:
+        return False
+    if not is_whole(options):
+        raise UserError(
+            "FSDP is for --network-module none: launch the training of adapters without --use_fsdp."
+        )
+    kind = class_of(options.optimizer_type)[0]
+    if f"{kind.__module__.partition('.')[0]}.{kind.__name__}" not in ELEMENTWISE:
+        raise UserError(
+            f"--optimizer-type {options.optimizer_type} looks at whole weights, of which each process has a part with "
+            "FSDP. Use adamw, adamwschedulefree or sgd."
+        )
+    return True
 
 
 def layout(options: Train) -> AsLoaded:

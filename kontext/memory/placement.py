@@ -16,10 +16,14 @@ _MODULATION = re.compile(r"((img|txt)_mod|modulation)\.lin\..*")
 
 @dataclass(frozen=True)
 class Placement:
-    """swap: blocks whose weights are streamed, see `stream_blocks`; modulation: its weights stay on the host."""
+    """swap: blocks whose weights are streamed, see `stream_blocks`; modulation: its weights stay on the host.
+
+    everything: the whole model is loaded on the host, for whoever takes its weights from there.
+    """
 
     swap: Swap = 0
     modulation: bool = False
+    everything: bool = False
 
     def on_host(self, config: TransformerConfig) -> Callable[[str], bool]:
         """Whether a tensor of this name is to stay on the host: such weights never fill the device."""
@@ -27,6 +31,8 @@ class Placement:
         streamed = {"double": set(double), "single": set(single)}
 
         def stays(name: str) -> bool:
+            if self.everything:
+                return True
             match = _BLOCK.fullmatch(name)
             if match is None:
                 return False

@@ -123,23 +123,38 @@ class Examples(Dataset["Example | UserError"]):
         return epoch.pool[epoch.starts[index] : epoch.starts[index + 1]]
 
 
-def places(plan: Plan, *, first_step: int, rank: int) -> list[Place]:
-    """The batches that process `rank` takes from `first_step` to the end: every `processes`th of each step."""
-    steps = range(first_step, plan.steps)
-    return [(step, index) for step in steps for index in plan.group(step)[rank :: plan.processes]]
+def places(plan: Plan, *, first_step: int, rank: int, together: bool = False) -> list[Place]:
+    """The batches that process `rank` takes from `first_step` to the end: every `processes`th of each step.
+
+    together: every process takes as many; the step's first batch stands where there is none left.
+    """
+    found = []
+    for step in range(first_step, plan.steps):
+        group = plan.group(step)
+        mine = list(group[rank :: plan.processes])
+        if together:
+            mine += [group[0]] * (plan.rounds(step) - len(mine))
+        found += [(step, index) for index in mine]
+    return found
 
 
 def feed(
-    examples: Examples, *, first_step: int, rank: int, workers: int, device: torch.device
+    examples: Examples,
+    *,
+    first_step: int,
+    rank: int,
+    workers: int,
+    device: torch.device,
+    together: bool = False,
 ) -> Iterator[Example]:
-    """Examples of process `rank` from `first_step` to the end, loaded by `workers` processes.
+    """Examples of process `rank` from `first_step` to the end, loaded by `workers` processes; together: see `places`.
 
     They are on the host, in memory from which `device` copies without waiting.
     """
     loader: DataLoader[Example | UserError] = DataLoader(
         examples,
         batch_size=None,
-        sampler=places(examples.plan, first_step=first_step, rank=rank),
+        sampler=places(examples.plan, first_step=first_step, rank=rank, together=together),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_heed_no_interrupts,

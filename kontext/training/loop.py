@@ -83,11 +83,12 @@ class Updates:
             group["lr"] = value
         return values
 
-    def apply(self) -> Tensor:
+    def apply(self, team: Team) -> Tensor:
         """One optimizer step; the norm that the gradients had before clipping (max_norm 0: no clipping)."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.max_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        parameters = list(self.parameters.values())
+        norm = team.norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, self.max_norm or float("inf"), norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -116,11 +117,18 @@ def train(
         rates = updates.set_rates(step)
         mine = plan.group(step)[team.rank :: plan.processes]
         seen = tuple(gradients(objective, next(passes), updates.scaler, seed) for _ in mine)
+        if team.together and len(mine) < plan.rounds(step):
+            gradients(objective, _uncounted(next(passes)), updates.scaler, seed)
         team.sum_gradients(updates.parameters.values())
-        norm = updates.apply()
+        norm = updates.apply(team)
         loss = sum((part.losses.sum() for part in seen), torch.zeros((), device=team.device))
         for listener in listeners:
             listener(Outcome(step, loss, norm, rates, seen))
+
+
+def _uncounted(asked: Pass) -> Pass:
+    """The same with no part in the loss: other processes need this one's part of the model."""
+    return replace(asked, example=replace(asked.example, share=0.0))
 
 
 def gradients(objective: Objective, asked: Pass, scaler: GradScaler, seed: int) -> Seen:

@@ -1,5 +1,6 @@
 """What training minimises."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,11 +15,15 @@ from kontext.training.feed import Example
 
 @dataclass(frozen=True)
 class Objective:
-    """The flow-matching loss of a transformer: its error in the velocity at noise levels of `timesteps`."""
+    """The flow-matching loss of a transformer: its error in the velocity at noise levels of `timesteps`.
+
+    run: within it the transformer may be used.
+    """
 
     transformer: nn.Module
     timesteps: Timesteps
     guidance: float
+    run: Callable[[Callable[[], Tensor]], Tensor] = lambda use: use()
 
     def levels(self, example: Example) -> Tensor:
         """Noise levels t (B,), float32, on the CPU."""
@@ -32,10 +37,12 @@ class Objective:
         """
         batch, noise = asked.example.batch, asked.example.noise
         latents, t = batch.latents.float(), asked.t.to(batch.latents.device, non_blocking=True)
-        denoiser = Denoiser(
-            self.transformer, Conditioning(batch.txt, batch.vector, batch.references, self.guidance)
-        )
-        error = denoiser(mix(latents, noise, t), t, asked.modulations).float() - velocity(latents, noise)
+        conditioning = Conditioning(batch.txt, batch.vector, batch.references, self.guidance)
+
+        def predict() -> Tensor:
+            return Denoiser(self.transformer, conditioning)(mix(latents, noise, t), t, asked.modulations)
+
+        error = self.run(predict).float() - velocity(latents, noise)
         return loss_weights(self.timesteps.weighting, t) * masked_mean(error.square(), batch.masks)
 
 

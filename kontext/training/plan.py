@@ -38,6 +38,10 @@ class Plan:
         first = step % self.steps_per_epoch * self.per_step
         return range(first, min(first + self.per_step, self.batches))
 
+    def rounds(self, step: int) -> int:
+        """The most batches that a process has in step `step`."""
+        return -(-len(self.group(step)) // self.processes)
+
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends with step `step`."""
         return (step + 1) % self.steps_per_epoch == 0

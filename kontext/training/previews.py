@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -92,7 +93,7 @@ class Previews:
         names: Names,
         drawn: Drawn,
     ) -> None:
-        """weights: within it the adapter has the weights to be used, which may not be those in training.
+        """weights: within it what is trained has the weights to be used, which may not be those in training.
 
         Every process of the team has all samples, draws its part of them, and the first one writes them.
         """
@@ -128,7 +129,8 @@ class Previews:
         training = transformer.training
         transformer.eval()
         with self.weights():
-            latents = [self.kontext.denoise(self.samples[number].conditioned) for number in mine]
+            uses = [partial(self.kontext.denoise, self.samples[number].conditioned) for number in mine]
+            latents = [self.team.run(use) for use in uses]
         transformer.train(training)
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
         pictures = [

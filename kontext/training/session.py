@@ -30,11 +30,12 @@ class Start:
     folder: Path | None
     progress: Progress
 
-    def load(self, updates: Updates, average: Average | None = None) -> None:
+    def load(self, updates: Updates, team: Team, average: Average | None = None) -> None:
         """Puts weights, optimizer, average and loss scale back. Raises UserError if the state is of another network."""
         if self.folder is None:
             return
-        means = load_state(self.folder, parameters=updates.parameters, optimizer=updates.optimizer)
+        parameters, optimizer = updates.parameters, updates.optimizer
+        means = load_state(self.folder, parameters=parameters, optimizer=optimizer, shares=team.shares)
         if average is not None:
             average.load(means)
         if self.progress.scaler:
@@ -74,7 +75,7 @@ class Session:
         """
         with self.journal, Interrupts() as interrupts, Writer() as writer:
             saver = self._run(interrupts, writer)
-            if self.team.leads:
+            if self.team.saves:
                 saver.finish()
                 writer.wait()
         self.team.finish()
@@ -123,9 +124,15 @@ class Session:
             writer.wait()  # a state says that all that was to be written before it is there
             best = validation.best if validation else self.start.progress.best
             progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes, best)
-            parameters, optimizer = self.updates.parameters, self.updates.optimizer
-            means = self.average.values if self.average else {}
-            save_state(folder, progress=progress, parameters=parameters, optimizer=optimizer, average=means)
+            save_state(
+                folder,
+                progress=progress,
+                parameters=self.updates.parameters,
+                optimizer=self.updates.optimizer,
+                average=self.average.values if self.average else {},
+                shares=self.team.shares,
+                writes=self.team.leads,
+            )
 
         return Saver(
             self.names,
@@ -133,7 +140,7 @@ class Session:
             self.examples.plan,
             write_adapter=lambda path, done: writer.submit(self.adapter(path, done)),
             write_state=write_state,
-            later=writer.submit,
+            later=writer.submit if self.team.leads else lambda job: None,
             last_state=self.start.folder,
         )
 
@@ -156,13 +163,13 @@ class Session:
             if outcome.step + 1 < self.examples.plan.steps and self.team.any_before(interrupts.requested):
                 monitor.flush()
                 self.journal.flush()
-                if self.team.leads:
+                if self.team.saves:
                     saver.interrupted(outcome.step + 1)
                 raise KeyboardInterrupt
 
         validating = [validation] if validation else []
         previews = [self.previews] if self.previews else []
-        saving = [saver] if self.team.leads else []
+        saving = [saver] if self.team.saves else []
         averaging = [self.average] if self.average else []
         return [
             lambda outcome: writer.check(),
@@ -184,6 +191,7 @@ class Session:
             rank=self.team.rank,
             workers=self.workers,
             device=self.team.device,
+            together=self.team.together,
         )
         train(
             self.objective,

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kontext.errors import UserError
-from kontext.files import save_tensors
+from kontext.files import atomic_write
+from kontext.lora.stream import Spec, Writer
+from kontext.training.shares import Shares
 
 FILE = "state.safetensors"
 FORMAT = "kontext.training.1"
@@ -47,8 +49,12 @@ def save_state(
     parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
     average: Mapping[str, Tensor] | None = None,
+    shares: Shares | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes the state into `folder`, with the moving average of the parameters if there is one.
+
+    shares: what this process holds of them, by default everything; writes: whether it is the one to write.
 
     Raises UserError if the optimizer keeps what is neither number nor tensor."""
     tensors: dict[str, Tensor] = {f"adapter.{name}": value for name, value in parameters.items()}
@@ -59,13 +65,59 @@ def save_state(
         "progress": json.dumps(asdict(progress), sort_keys=True),
         "optimizer": json.dumps(structure, separators=(",", ":")),
     }
-    save_tensors(folder / FILE, tensors, metadata)
+    owned = _Owned(parameters, optimizer, shares or Shares())
+    if not writes:
+        for name, tensor in tensors.items():
+            owned.whole(name, tensor)
+        return
+    specs = [Spec(name, tensor.dtype, tuple(owned.shape(name, tensor))) for name, tensor in tensors.items()]
+    with atomic_write(folder / FILE) as temporary:
+        writer = Writer(temporary, specs, metadata)
+        for name, tensor in tensors.items():
+            writer.put(name, owned.whole(name, tensor))
+
+
+class _Owned:
+    """Which tensors of a state are shared as a parameter is: the parameter, its average, moments of its shape."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, shares: Shares) -> None:
+        self.parameters, self.shares = parameters, shares
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._numbered = [names[id(parameter)] for parameter in members]
+
+    def shape(self, name: str, tensor: Tensor) -> torch.Size:
+        owner = self._owner(name, tensor.shape)
+        return tensor.shape if owner is None else self.shares.shape(owner, tensor)
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        owner = self._owner(name, tensor.shape)
+        return tensor if owner is None else self.shares.whole(owner, tensor)
+
+    def own(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of `whole`."""
+        owner = self._of(name)
+        if owner is None or tensor.shape != self.shares.shape(owner, self.parameters[owner]):
+            return tensor
+        return self.shares.own(owner, tensor)
+
+    def _owner(self, name: str, shape: torch.Size) -> str | None:
+        owner = self._of(name)
+        return owner if owner is not None and shape == self.parameters[owner].shape else None
+
+    def _of(self, name: str) -> str | None:
+        """The parameter that a name in a state file speaks of."""
+        kind, _, rest = name.partition(".")
+        if kind != "optimizer":
+            return rest
+        place = rest.split(".")
+        return self._numbered[int(place[1])] if place[0] == "state" else None
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, with its tensors moved to `tensors` under dotted names."""
     if isinstance(value, Tensor):
-        tensors[name] = value.clone()  # safetensors refuses tensors that share memory
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
         items = [[key, _flatten(item, f"{name}.{key}", tensors)] for key, item in value.items()]
@@ -107,21 +159,29 @@ def read_progress(folder: Path) -> Progress:
 
 
 def load_state(
-    folder: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+    folder: Path,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    shares: Shares | None = None,
 ) -> dict[str, Tensor]:
     """Puts the weights and the optimizer's state back, and returns the moving average, empty if there was none.
 
-    Raises UserError if they are of another network.
+    shares: as in `save_state`. Raises UserError if they are of another network.
     """
+    shares = shares or Shares()
+    owned = _Owned(parameters, optimizer, shares)
     with safe_open(folder / FILE, "pt") as file:
         names = list(file.keys())
-        tensors = {name: file.get_tensor(name) for name in names}
+        saved = {n.removeprefix("adapter."): file.get_slice(n) for n in names if n.startswith("adapter.")}
+        wanted = {name: list(shares.shape(name, parameter)) for name, parameter in parameters.items()}
+        if wanted != {name: values.get_shape() for name, values in saved.items()}:
+            raise UserError(
+                f"--resume {folder}: the state is of another network: give the same --network options."
+            )
+        tensors = {name: owned.own(name, file.get_tensor(name)) for name in names}
         structure = json.loads(file.metadata()["optimizer"])
     saved = _under("adapter.", tensors)
-    if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
-        raise UserError(
-            f"--resume {folder}: the state is of another network: give the same --network options."
-        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

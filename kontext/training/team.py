@@ -1,6 +1,6 @@
 """The processes of a run, on one machine or several: what they must do together."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -9,8 +9,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from kontext.errors import UserError
+from kontext.training.shares import Shares
 
 T = TypeVar("T")
+BUCKET = 2**26  # numbers that are summed at once: copies of all gradients of a whole model would not fit
 
 
 class Later:
@@ -35,7 +37,13 @@ class Team:
     """A thin layer over accelerate. With one process everything here does nothing.
 
     Every method is called by all processes at the same point of the run.
+
+    together: whether the processes share one model (see `split`) instead of having one each. Then all take part in every
+    use of it and in every save, and `shares` says what each holds.
     """
+
+    together = False
+    shares = Shares()
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -45,20 +53,31 @@ class Team:
         self.leads: bool = accelerator.is_main_process
         self._asked: Later | None = None
 
+    @property
+    def saves(self) -> bool:
+        """Whether this process takes part when weights are saved."""
+        return self.leads or self.together
+
+    def run(self, use: Callable[[], T]) -> T:
+        """What `use` returns, which may use the model."""
+        return use()
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Every process gets the sum of all gradients; one without a batch in this step adds zeros."""
         if self.size == 1:
             return
-        parameters = list(parameters)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
-        start = 0
-        for parameter in parameters:
-            end = start + parameter.numel()
-            parameter.grad.copy_(flat[start:end].view_as(parameter))
-            start = end
+        for bucket in _buckets(parameters):
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in bucket]))
+            sums = flat.split([parameter.numel() for parameter in bucket])
+            for parameter, part in zip(bucket, sums, strict=True):
+                parameter.grad.copy_(part.view_as(parameter))
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients together."""
+        return nn.utils.get_total_norm(gradients)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes. Raises UserError when one of them has ended."""
@@ -90,3 +109,16 @@ class Team:
         """Wait until every process has come here, then close logs and the connection."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in their order, of one dtype and of at most BUCKET numbers in all, or one alone."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        size = sum(each.numel() for each in bucket) + parameter.numel()
+        if bucket and (size > BUCKET or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

@@ -19,6 +19,7 @@ from kontext.lora.patterns import compile_patterns, matches_any
 from kontext.model.transformer import Transformer
 from kontext.training.metadata import hashes
 from kontext.training.network import Network, parameters_of
+from kontext.training.team import Team
 from kontext.training.writer import Job
 
 
@@ -28,6 +29,10 @@ class Trained(Protocol):
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """All of it, by name."""
+
+    @property
+    def count(self) -> int:
+        """How many numbers that are."""
 
     @property
     def modules(self) -> int:
@@ -47,6 +52,10 @@ class Adapters:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         return parameters_of(self.adapters)
+
+    @property
+    def count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
     def modules(self) -> int:
@@ -69,20 +78,36 @@ class Weights:
 
     parameters: Mapping[str, nn.Parameter]
     layout: AsLoaded
+    team: Team
 
     @property
     def modules(self) -> int:
         return len({name.rpartition(".")[0] for name in self.parameters})
 
+    @property
+    def count(self) -> int:
+        shares = self.team.shares
+        return sum(shares.shape(name, parameter).numel() for name, parameter in self.parameters.items())
+
     def copy(self, path: Path, fields: Mapping[str, str], spec: Mapping[str, str]) -> Job:
         """Writes at once: a copy of a whole model would need as much memory again."""
         stored = self.layout.stored()
+        if not self.team.leads:
+            for name in stored:
+                self._trained(name)
+            return lambda: None
 
         def value(name: str) -> Tensor:
-            return self.parameters[name] if name in self.parameters else stored[name].load()
+            found = self._trained(name)
+            return stored[name].load() if found is None else found
 
         self.layout.write(path, value, {**fields, **spec})
         return lambda: console.say(f"Saved {path}")
+
+    def _trained(self, name: str) -> Tensor | None:
+        """All of a parameter that is trained; None for another."""
+        parameter = self.parameters.get(name)
+        return None if parameter is None else self.team.shares.whole(name, parameter)
 
 
 def thaw(

@@ -91,8 +91,8 @@ class Validation:
             self.best = loss
         if self.team.leads:
             console.say(f"Validation loss after step {done}: {loss:.5f}{' (the best)' * better}")
-            if better:
-                self.write_adapter(self.held.best_path, done)
+        if better and self.team.saves:
+            self.write_adapter(self.held.best_path, done)
 
     def loss(self) -> float:
         """The mean square error over all items and levels. Nothing of training changes, no random state either."""
@@ -101,14 +101,19 @@ class Validation:
         with evaluating(transformer), self.weights(), torch.no_grad():
             for asked in prepared(self._passes(), transformer, self.objective.guidance, device):
                 losses = self.objective.losses(asked)
-                total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+                seen = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+                total += asked.example.share * seen
         summed, count = self.team.sum(total).tolist()
         return summed / count
 
     def _passes(self) -> Iterator[Pass]:
-        """This process' batches with their noise, each at all levels."""
-        for index in range(len(self.held.batches.sizes(0)))[self.team.rank :: self.team.size]:
-            example = example_of(self.held.batches.load(0, index), index)
+        """This process' batches with their noise, each at all levels. Processes that share a model take as many."""
+        batches, team = range(len(self.held.batches.sizes(0))), self.team
+        mine = [(index, 1.0) for index in batches[team.rank :: team.size]]
+        if team.together and team.rank >= len(batches) % team.size > 0:
+            mine.append((0, 0.0))  # does not count
+        for index, share in mine:
+            example = replace(example_of(self.held.batches.load(0, index), index), share=share)
             for level in LEVELS:
                 yield Pass(example, torch.full_like(example.u, level).float())
 

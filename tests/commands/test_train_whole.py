@@ -1,12 +1,6 @@
 """`kontext train --network-module none`: the transformer itself is trained, and written as it was."""
 
-import dataclasses
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +8,6 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kontext.cli import main
@@ -28,35 +21,7 @@ from tests.bfl_names import bfl_transformer
 from tests.tiny import DOUBLE, SINGLE, TEXT_LENGTH, TinyFiles
 from tests.training.command import files, metadata
 from tests.training.dataset import Cached
-
-BASE = "--seed 42 --learning-rate 1e-3 --max-data-loader-n-workers 0 --network-module none"
-
-
-def on(cached: Cached, files: TinyFiles, dit: Path) -> Cached:
-    """The same command line with another checkpoint."""
-    return dataclasses.replace(cached, models=[str(dit) if w == str(files.dit) else w for w in cached.models])
-
-
-def words(cached: Cached, output: Path, settings: str) -> list[str]:
-    where = ["--output-dir", str(output), "--output-name", "edit"]
-    return ["train", *cached.models, *where, *BASE.split(), *settings.split()]
-
-
-def train(cached: Cached, output: Path, settings: str) -> int:
-    return main(words(cached, output, settings))
-
-
-def weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file, or of all files of a folder."""
-    if path.is_file():
-        return load_file(path)
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def differ(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> set[str]:
-    assert a.keys() == b.keys()
-    return {name for name in a if not torch.equal(a[name], b[name])}
-
+from tests.training.whole import differ, on, train, weights, with_validation, words
 
 # ---- against diffusers and a plain loop ----
 
@@ -230,43 +195,19 @@ def test_folders_of_old_saves_are_deleted(cached: Cached, tiny_files: TinyFiles,
 
 
 def test_the_best_weights_and_samples(
-    cached: Cached, tiny_files: TinyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kontext.data.images.PREFERRED_RESOLUTIONS", ((64, 64), (96, 64)))
-    config = tmp_path / "d.toml"
-    shutil.copytree(cached.config.parent / "cache", tmp_path / "held")
-    text = cached.config.read_text()
-    held = text.partition("[[datasets]]")[2].replace(f"{cached.config.parent}/cache", f"{tmp_path}/held")
-    config.write_text(f"{text}[[validation]]{held}")
-    there = dataclasses.replace(
-        cached, models=[str(config) if word == str(cached.config) else word for word in cached.models]
-    )
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("remove it --w 64 --h 64 --s 2\n")
     more = f"--validate-every-n-steps 1 --sample-prompts {prompts} --sample-every-n-steps 2 --sample-at-first"
-    assert train(there, tmp_path / "a", f"--max-train-steps 2 {more}") == 0
+    assert train(with_validation(cached, tmp_path), tmp_path / "a", f"--max-train-steps 2 {more}") == 0
     assert train(cached, tmp_path / "b", "--max-train-steps 2") == 0
     a, b = (weights(tmp_path / name / "edit.safetensors") for name in "ab")
     assert not differ(a, b)
     assert (tmp_path / "a" / "edit-best.safetensors").is_file()
     first, last = (Image.open(tmp_path / "a" / "sample" / f"edit_00000{i}_grid.png") for i in (0, 2))
     assert first.tobytes() != last.tobytes()
-
-
-def test_two_processes_train_as_one(cached: Cached, tmp_path: Path) -> None:
-    settings = "--max-train-epochs 1 --no-report"
-    launch = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --mixed_precision no -m kontext"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *words(cached, tmp_path / "two", settings)], env=environment)
-    assert train(cached, tmp_path / "one", f"{settings} --gradient-accumulation-steps 2") == 0
-    assert process.wait(timeout=180) == 0
-    base = weights(Path(cached.models[cached.models.index("--dit") + 1]))
-    one, two = (weights(tmp_path / name / "edit.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        assert (two[name] - tensor).norm() < 1e-3 * (tensor - base[name]).norm(), name
 
 
 @pytest.mark.parametrize(

@@ -26,3 +26,11 @@ def test_two_processes_share_the_batches_of_a_step() -> None:
     plan = Plan(batches=5, accumulation=1, processes=2, steps=3)
     assert places(plan, first_step=0, rank=0) == [(0, 0), (1, 2), (2, 4)]
     assert places(plan, first_step=1, rank=1) == [(1, 3)]
+
+
+def test_processes_that_share_a_model_take_as_many_batches() -> None:
+    """Five batches for two: the last step has one, which stands in for the other process's."""
+    plan = Plan(batches=5, accumulation=2, processes=2, steps=2)
+    both = [places(plan, first_step=0, rank=rank, together=True) for rank in range(2)]
+    assert both == [[(0, 0), (0, 2), (1, 4)], [(0, 1), (0, 3), (1, 4)]]
+    assert [plan.rounds(step) for step in range(2)] == [2, 1]

@@ -2,8 +2,9 @@
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from kontext.training import team as module
 from kontext.training.team import Team
 
 
@@ -33,3 +34,37 @@ def test_every_use_is_dealt_once() -> None:
         dealt = [number for rank in (0, 1) for number in OneOfTwo(rank).deal(count)]
         assert sorted(dealt) == list(range(count))
     assert Team(Accelerator(cpu=True)).gather({"a": torch.ones(1)})[0]["a"] == 1
+
+
+class Doubling(Team):
+    """Two processes with equal gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(Accelerator(cpu=True))
+        self.size, self.summed = 2, []
+
+    def sum(self, values: Tensor) -> Tensor:
+        self.summed.append(values.numel())
+        return 2 * values
+
+
+def test_gradients_are_summed_in_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(module, "BUCKET", 10)
+    shapes = [(2, 3), (4,), (1,), (5, 5), (2,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters.append(nn.Parameter(torch.zeros(3, dtype=torch.float64)))
+    before = [torch.randn(parameter.shape, dtype=parameter.dtype) for parameter in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient.clone()
+    parameters[2].grad = None
+    before[2].zero_()
+    team = Doubling()
+    team.sum_gradients(iter(parameters))
+    assert team.summed == [10, 1, 25, 2, 3]
+    assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(parameters, before, strict=True))
+
+
+def test_the_norm_is_that_of_all_gradients_together() -> None:
+    gradients = [torch.randn(3, 4), torch.randn(7)]
+    norm = Team(Accelerator(cpu=True)).norm(gradients)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in gradients]).norm())

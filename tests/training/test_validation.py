@@ -109,18 +109,27 @@ def test_batch_size_does_not_matter(size: int) -> None:
     assert validation(run, [], size=size).loss() == pytest.approx(validation(run, []).loss(), rel=1e-6)
 
 
-def test_two_processes_share_the_batches() -> None:
+@pytest.mark.parametrize(("size", "together"), [(2, False), (3, False), (3, True)])
+def test_processes_share_the_batches(size: int, together: bool) -> None:
+    """Of four batches; with a model that they share, all use it as often."""
     run = Run(steps=1).go()
-    whole, parts = validation(run, []).loss(), []
-    for rank in range(2):
-        half = validation(run, [])
-        half.team = type(
-            "Half", (), {"rank": rank, "size": 2, "device": run.team.device, "sum": parts.append}
-        )
+    whole, parts, passes = validation(run, []).loss(), [], []
+    for rank in range(size):
+        part = validation(run, [])
+        team = {
+            "rank": rank,
+            "size": size,
+            "device": run.team.device,
+            "sum": parts.append,
+            "together": together,
+        }
+        part.team = type("Part", (), team)
+        passes.append(len(list(part._passes())))
         with pytest.raises(AttributeError):  # what is summed is what this test is after
-            half.loss()
-    total, count = (parts[0] + parts[1]).tolist()
+            part.loss()
+    total, count = sum(parts).tolist()
     assert count == 6 * len(LEVELS) and total / count == pytest.approx(whole)
+    assert (len(set(passes)) == 1) == (together or size == 2)
 
 
 def test_the_best_adapter_is_written_when_it_is_better() -> None:
