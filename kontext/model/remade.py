@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, Protocol
 
+import torch
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -31,12 +32,17 @@ class Notes(Protocol):
 notes: ContextVar[Notes | None] = ContextVar("notes", default=None)
 
 
+def _taker() -> Notes | None:
+    """Who takes notes. A compiled block has a plan of its own for what it makes again."""
+    return None if torch.compiler.is_compiling() else notes.get()
+
+
 def remade(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Marks an elementwise function of tensors and numbers, given by position."""
 
     @wraps(function)
     def noted(*inputs: P.args, **named: P.kwargs) -> Tensor:
-        taker = notes.get()
+        taker = _taker()
         return function(*inputs, **named) if taker is None else taker.elementwise(function, inputs)
 
     return noted
@@ -44,11 +50,11 @@ def remade(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 def projection(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), as `Notes.projection` says."""
-    taker = notes.get()
+    taker = _taker()
     return function(*inputs) if taker is None else taker.projection(function, inputs)
 
 
 def product(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), as `Notes.product` says."""
-    taker = notes.get()
+    taker = _taker()
     return function(*inputs) if taker is None else taker.product(function, inputs)
