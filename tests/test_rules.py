@@ -25,7 +25,7 @@ GROUND = {
     "processes",
     "__version__",
 }  # what every part above the maths may use
-MATHS = {"model", "flow", "denoiser", "sampler", "timesteps", "quant", "memory", "backends"}
+MATHS = {"model", "flow", "denoiser", "sampler", "timesteps", "quant", "memory", "backends", "compiling"}
 BELOW_COMMANDS = GROUND | MATHS | {"checkpoints", "lora", "data", "generation", "training"}
 
 # Part of the package -> the other parts it may import. Imports point downward only.
@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "data": GROUND | {"model"},
     "checkpoints": GROUND | {"quant", "model", "readahead"},
     "backends": {"errors", "model"},
+    "compiling": {"errors", "model"},
     "memory": {"errors", "model"},
     "quant": {"errors"},
     "timesteps": {"errors", "flow"},

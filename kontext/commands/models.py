@@ -34,6 +34,7 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
         quantization=quantization(options, device),
         attention=options.attn_mode,
         split_attention=options.split_attn,
+        compiled=options.compile,
         fp8_t5=options.fp8_t5,
         t5_max_length=options.t5_max_length,
         keep=keep,

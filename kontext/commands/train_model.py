@@ -46,7 +46,8 @@ def model(
 def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
     """Remake, place, recompute."""
     policy = train_values.policy(options, runtime.device)
-    remake_blocks(transformer, policy)
+    if not runtime.compiled:  # compilers plan themselves what to make again
+        remake_blocks(transformer, policy)
     runtime.placement.apply(transformer, runtime.device)
     recompute_blocks(transformer, policy)
 

@@ -20,6 +20,7 @@ from kontext.checkpoints import (
     open_source,
     transformer_config,
 )
+from kontext.compiling import compile_blocks
 from kontext.console import notice, say
 from kontext.errors import UserError
 from kontext.lora.branches import attach_adapters
@@ -63,6 +64,7 @@ class Runtime:
     quantization: Rounding | None = None
     attention: str = "sdpa"
     split_attention: bool = False
+    compiled: bool = False
     fp8_t5: bool = False
     t5_max_length: int = 512
     keep: bool = False
@@ -170,6 +172,8 @@ def open_transformer(
     _tell_of_products(model, runtime, path)
     attend = attention_backend(runtime.attention)
     use_attention(model, in_parts(attend) if runtime.split_attention else attend)
+    if runtime.compiled:
+        compile_blocks(model, runtime.device)
     if not attach:
         return model, None
     return model, attach_adapters(model, adapters, strengths, device=runtime.device, **patterns).strengths

@@ -39,8 +39,14 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
     """Turn the neighbouring channel pairs of x (B, H, L, D) by pe (B, 1, L, D/2), in float32.
 
-    A pair is a complex number: one multiplication instead of six passes over memory.
+    A pair is a complex number: one multiplication instead of six passes over memory. torch's compiler knows no complex
+    numbers, and needs none for one pass.
     """
+    if torch.compiler.is_compiling():
+        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = torch.view_as_real(pe).unbind(-1)
+        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1)
+        return turned.flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * pe).flatten(-2).to(x.dtype)
 

@@ -119,6 +119,11 @@ class Dit(Options):
         "kernel), the same to rounding. It has no use with the others.",
         default=False,
     )
+    compile: bool = option(
+        "Compile the blocks: fewer passes over memory, the same to rounding. The first step takes a minute longer; "
+        "kernels are kept for later runs. It needs triton on a GPU, a C++ compiler on a CPU.",
+        default=False,
+    )
 
     @model_validator(mode="after")
     def _one_form_of_weights(self) -> Self:

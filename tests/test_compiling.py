@@ -1,0 +1,89 @@
+"""Compiled blocks compute what plain ones do, in one graph for all blocks of a kind and all sizes."""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from kontext.compiling import compile_blocks
+from kontext.errors import UserError
+from kontext.memory.recompute import recompute_blocks
+from kontext.memory.streaming import stream_blocks
+from kontext.model.transformer import Transformer
+from kontext.training.network import Network, build
+from tests import tiny
+from tests.lora.models import CONFIG, make_transformer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def forward(model: Transformer, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    img = torch.randn(1, tokens, CONFIG.in_channels, generator=generator)
+    txt = torch.randn(1, 7, CONFIG.context_width, generator=generator)
+    ids = torch.randint(0, 9, (1, tokens, 3), generator=generator).float()
+    vector, t = torch.randn(1, CONFIG.vector_width, generator=generator), torch.tensor([0.5])
+    return model(img, ids, txt, torch.zeros(1, 7, 3), t, vector, t)
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_blocks_of_a_kind_and_all_sizes() -> None:
+    model = make_transformer()
+    assert len(model.double_blocks) > 1 and len(model.single_blocks) > 1
+    expected = [forward(model, tokens) for tokens in (24, 40, 33)]
+    compile_blocks(model, CPU, backend="aot_eager")
+    first = forward(model, 24)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= 3 and not counters["graph_break"]
+    found = [first, forward(model, 40), forward(model, 33)]
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def gradients(arrange: Callable[[Transformer], None]) -> list[Tensor]:
+    model = tiny.randomise(Transformer(CONFIG), 0)
+    modules = build(model, Network(rank=2, alpha=2), seed=0)
+    for module in modules.values():
+        torch.nn.init.constant_(module.lora_up.weight, 0.01)
+    arrange(model)
+    forward(model.train(), 24).square().mean().backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_are_those_of_plain_blocks_also_streamed(recomputed: bool) -> None:
+    def compiled(model: Transformer) -> None:
+        compile_blocks(model, CPU, backend="aot_eager")
+        stream_blocks(model, "max", CPU)
+        if recomputed:
+            recompute_blocks(model)
+
+    expected = gradients(lambda model: None)
+    torch.testing.assert_close(gradients(compiled), expected, rtol=1e-4, atol=1e-7)
+    assert counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_kernels_compute_the_same() -> None:
+    model = make_transformer()
+    expected = forward(model, 24)
+    compile_blocks(model, CPU)
+    torch.testing.assert_close(forward(model, 24), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="install g\\+\\+"):
+        compile_blocks(make_transformer(), CPU)
