@@ -16,3 +16,15 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tests import tiny
 
     return tiny.build(tmp_path_factory.mktemp("tiny"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run it with pytest --slow"))

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,14 +46,14 @@ def test_one_graph_serves_all_blocks_of_a_kind_and_all_sizes() -> None:
     compile_blocks(model, CPU, backend="aot_eager")
     first = forward(model, 24)
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs <= 3 and not counters["graph_break"]
+    assert graphs <= 4 and not counters["graph_break"]
     found = [first, forward(model, 40), forward(model, 33)]
     assert counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def gradients(arrange: Callable[[Transformer], None]) -> list[Tensor]:
-    model = tiny.randomise(Transformer(CONFIG), 0)
+    model = tiny.randomise(Transformer(replace(CONFIG, double_blocks=1, single_blocks=1)), 0)
     modules = build(model, Network(rank=2, alpha=2), seed=0)
     for module in modules.values():
         torch.nn.init.constant_(module.lora_up.weight, 0.01)
@@ -61,6 +62,7 @@ def gradients(arrange: Callable[[Transformer], None]) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_gradients_are_those_of_plain_blocks_also_streamed(recomputed: bool) -> None:
     def compiled(model: Transformer) -> None:
