@@ -52,6 +52,7 @@ class Denoiser:
 
     def __init__(self, transformer: Transformer, conditioning: Conditioning) -> None:
         self.transformer = transformer
+        self.trunk = transformer.trunk  # what computes velocities: see `generation.step_cache`
         self.device, self.dtype = transformer.img_in.weight.device, transformer.img_in.weight.dtype
         self.vector, self.guidance = conditioning.vector, conditioning.guidance
         self.txt = transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
@@ -70,7 +71,7 @@ class Denoiser:
         tokens = torch.cat((img, *references), 1)
         pe = self.positions_for(height, width)
         mods = modulations or self.modulations(t)
-        velocity = self.transformer.trunk(tokens, txt, pe, mods, targets=img.shape[1])
+        velocity = self.trunk(tokens, txt, pe, mods, targets=img.shape[1])
         return unpack(velocity, height, width).float()
 
     def embed(self, latents: Tensor) -> Tensor:

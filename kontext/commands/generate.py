@@ -1,6 +1,7 @@
 """`kontext generate`: make or edit pictures, one, from a file of prompts, or as they are typed in."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kontext import __version__
@@ -132,7 +133,8 @@ def _loras(options: Generate, *, attach: bool) -> Loras:
 
 def _runtime(options: Generate) -> Runtime:
     device = resolve_device(options.device)
-    return model_runtime(options, device, dtype=options.dtype, keep=options.interactive)
+    found = model_runtime(options, device, dtype=options.dtype, keep=options.interactive)
+    return replace(found, step_cache=options.step_cache)
 
 
 def _request(options: Generate) -> Request:

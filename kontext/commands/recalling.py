@@ -16,7 +16,7 @@ from kontext.options.shared import WEIGHTS
 WEIGHT_OPTIONS = tuple(name for form in WEIGHTS for name in form)
 RUN_OPTIONS = (
     "dtype", "vae_dtype", "vae_tiling", *WEIGHT_OPTIONS, "t5_max_length", "fp8_t5", "attn_mode", "split_attn",
-    "lora_attach",
+    "lora_attach", "compile", "step_cache",
 )  # fmt: skip
 """Options of a whole run that change its pictures; noted where they are not the default."""
 LISTS = ("include_patterns", "exclude_patterns")

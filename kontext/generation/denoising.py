@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kontext.console import say
 from kontext.denoiser import Denoiser
 from kontext.errors import UserError
 from kontext.flow import schedule
 from kontext.generation.stages import Conditioned
+from kontext.generation.step_cache import StepCache
 from kontext.model.latents import PATCH, PIXELS_PER_TOKEN, draw_noise
 from kontext.model.transformer import Transformer
 from kontext.sampler import SAMPLERS, Denoise
@@ -36,10 +38,12 @@ def denoise(
     device: torch.device,
     dtype: torch.dtype,
     on_step: OnStep | None = None,
+    step_cache: float = 0.0,
 ) -> Tensor:
     """The finished latents (B, C, h, w) of all seeds in one batch, float32 on the CPU.
 
-    dtype: the model's, for messages. Raises UserError at the first step that leaves NaN or infinite values.
+    dtype: the model's, for messages. step_cache: threshold of a `StepCache`, 0 for none. Raises UserError at the first
+    step that leaves NaN or infinite values.
     """
     framed, request = conditioned.framed, conditioned.framed.request
     tokens = (framed.height // PIXELS_PER_TOKEN) * (framed.width // PIXELS_PER_TOKEN)
@@ -48,21 +52,36 @@ def denoise(
     channels = model.config.out_channels // PATCH**2
     shape, packed = (framed.height, framed.width, channels), request.noise_layout == "packed"
     noise = torch.cat([draw_noise(seed, *shape, packed=packed) for seed in seeds]).to(device)
-    x, velocity = noise, _velocity(model, conditioned, sigmas)
+    sides = _sides(model, conditioned, sigmas)
+    caches = _cached(sides, step_cache) if step_cache else []
+    x, velocity = noise, sides[0] if len(sides) == 1 else true_guidance(*sides, request.true_cfg_scale)
     if framed.canvas is not None:
         x, velocity = framed.canvas.start(noise, sigmas[:1]), framed.canvas.within(velocity, noise)
     watch = _Watch(x, sigmas, dtype, on_step)
-    return SAMPLERS[request.sampler](velocity, x, sigmas, on_step=watch).cpu()
+    latents = SAMPLERS[request.sampler](velocity, x, sigmas, on_step=watch).cpu()
+    if caches:
+        skipped, passes = sum(cache.skipped for cache in caches), sum(cache.passes for cache in caches)
+        say(f"Step cache: {skipped} of {passes} passes were the first block alone.")
+    return latents
 
 
-def _velocity(model: Transformer, conditioned: Conditioned, sigmas: Tensor) -> Denoise:
+def _cached(sides: Sequence[Denoiser], threshold: float) -> list[StepCache]:
+    """Lets each side skip steps by a cache of its own."""
+    caches = [StepCache(side.transformer, threshold) for side in sides]
+    for side, cache in zip(sides, caches, strict=True):
+        side.trunk = cache
+    return caches
+
+
+def _sides(model: Transformer, conditioned: Conditioned, sigmas: Tensor) -> list[Denoiser]:
+    """What is steered towards, and with true guidance what away from."""
     sides = []
     for conditioning in (conditioned.positive, conditioned.negative):
         if conditioning is not None:
             side = Denoiser(model, conditioning)
             side.prepare(sigmas[:-1])
             sides.append(side)
-    return sides[0] if len(sides) == 1 else true_guidance(*sides, conditioned.framed.request.true_cfg_scale)
+    return sides
 
 
 class _Watch:

@@ -53,7 +53,7 @@ class ModelFiles:
 class Runtime:
     """Where and how to compute. `weights` is the precision that the transformer is loaded in, if not `dtype`. `keep` leaves models loaded between pictures instead of freeing each after use.
 
-    `placement` is for the transformer; who attaches adapters applies it then.
+    `step_cache`: as in `denoising.denoise`. `placement` is for the transformer; who attaches adapters applies it then.
     """
 
     device: torch.device
@@ -68,6 +68,7 @@ class Runtime:
     fp8_t5: bool = False
     t5_max_length: int = 512
     keep: bool = False
+    step_cache: float = 0.0
     placement: Placement = Placement()
 
 

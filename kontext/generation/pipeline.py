@@ -218,6 +218,7 @@ class Kontext:
             device=self.runtime.device,
             dtype=self.runtime.dtype,
             on_step=on_step,
+            step_cache=self.runtime.step_cache,
         )
 
     def finish(self, framed: Framed, latent: Tensor) -> Image.Image:

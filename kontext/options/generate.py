@@ -91,6 +91,13 @@ class Sampling(Options):
         default=None,
         ge=0,
     )
+    step_cache: float = option(
+        "Skip all blocks but the first at steps where what the first adds has changed by less than this share (such as "
+        "0.08) since the last full step: faster, and another picture. 0: never.",
+        default=0.0,
+        ge=0,
+        lt=1,
+    )
 
 
 class Loras(Options):
