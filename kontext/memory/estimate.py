@@ -86,23 +86,29 @@ class Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """What is learned beside the weights: its numbers (float32), the optimizer's bytes for them, the sum of its ranks.
+    """What is learned, beside the weights or in their place: its numbers, and the optimizer's bytes for them.
 
-    averaged: whether a moving average of it is kept.
+    itemsize: bytes of a number; ranks: the sum of all adapters' ranks; averaged: whether a moving average is kept.
+    replaces: bytes of the model's weights that are trained themselves; rounded: of the copies in the compute type that
+    are made of these in use.
     """
 
     parameters: int
     optimizer: int
+    itemsize: int = FLOAT32
     ranks: int = 0
     averaged: bool = False
+    replaces: int = 0
+    rounded: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameters * self.itemsize
 
     def parts(self) -> tuple[Part, ...]:
         """What is there all the time."""
-        copies = 2 if self.averaged else 1
-        return (
-            Part("adapter", copies * self.parameters * FLOAT32),
-            Part("optimizer", self.optimizer),
-        )
+        name = "trained weights" if self.replaces else "adapter"
+        return Part(name, (2 if self.averaged else 1) * self.nbytes), Part("optimizer", self.optimizer)
 
 
 def weight_parts(placed: Placed) -> tuple[Part, ...]:
@@ -145,23 +151,25 @@ def training(
 
     policies: of each block in turn. ahead: items whose modulation is computed together.
     """
-    config, numbers = weights.config, trained.parameters * FLOAT32
-    fixed = (*weight_parts(placed), *trained.parts(), Part("gradients", numbers))
-    kept = activations(config, work, policies, ranks=trained.ranks)
+    config = weights.config
+    fixed = (*weight_parts(placed), *trained.parts(), Part("gradients", trained.nbytes))
+    rounded = trained.rounded if "none" in policies else IN_FLIGHT * trained.rounded // len(policies)
     busy = (
-        kept,
+        activations(config, work, policies, ranks=trained.ranks),
         modulation(config, work, -(-ahead // work.batch)),
-        Part("one block at work", BACKWARD_UNITS * work.unit(config) + weights.scratch),
+        Part("one block at work", round(BACKWARD_UNITS * work.unit(config)) + weights.scratch + rounded),
     )
-    if sum(part.device for part in busy) < numbers:  # the optimizer's own copies, when activations are gone
-        return Stage("a step of the optimizer", (*fixed, Part("copies at work", numbers)))
+    if (
+        sum(part.device for part in busy) < trained.nbytes
+    ):  # the optimizer's own copies, when activations are gone
+        return Stage("a step of the optimizer", (*fixed, Part("copies at work", trained.nbytes)))
     return Stage("a training step", (*fixed, *busy))
 
 
 def denoising(weights: Weights, placed: Placed, work: Work, *, steps: int) -> Stage:
     """All steps of a picture."""
     config = weights.config
-    busy = Part("one block at work", FORWARD_UNITS * work.unit(config) + weights.scratch)
+    busy = Part("one block at work", round(FORWARD_UNITS * work.unit(config)) + weights.scratch)
     return Stage("denoising", (*weight_parts(placed), modulation(config, work, steps), busy))
 
 

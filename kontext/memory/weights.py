@@ -66,10 +66,13 @@ class Placed:
     host: int
 
 
-def weights_of(config: TransformerConfig, *, itemsize: int, linear: LinearBytes | None = None) -> Weights:
+def weights_of(
+    config: TransformerConfig, *, itemsize: int, linear: LinearBytes | None = None, copies: int = 0
+) -> Weights:
     """Counted on a model of one block of each kind, on the meta device.
 
-    itemsize: bytes of a number in the compute type; linear: for the blocks' linears if they are quantised.
+    itemsize: bytes of a number in the compute type; linear: for the blocks' linears if they are quantised, and copies
+    how often a weight exists in the compute type while it is used.
     """
     with torch.device("meta"):
         model = Transformer(replace(config, double_blocks=1, single_blocks=1))
@@ -79,7 +82,7 @@ def weights_of(config: TransformerConfig, *, itemsize: int, linear: LinearBytes 
         config,
         *(_block_bytes(block, itemsize, linear) for block in model.blocks()),
         outer=sum(p.numel() for p in model.parameters() if p not in inside) * itemsize,
-        scratch=2 * widest * itemsize if linear else 0,
+        scratch=copies * widest * itemsize,
     )
 
 

@@ -1,0 +1,102 @@
+"""What the options say about models, in the sizes that the memory estimate takes. Only headers of files are read."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from kontext.checkpoints import empty_autoencoder, empty_clip, empty_t5
+from kontext.device import resolve_dtype
+from kontext.memory.needs import Text, Vae
+from kontext.memory.weights import Weights, weights_of
+from kontext.model.autoencoder import AutoencoderConfig
+from kontext.model.transformer import TransformerConfig
+from kontext.options.generate import Generate
+from kontext.options.train import Train
+from kontext.quant import Mode, quantisable, stored_bytes
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, T5EncoderModel
+
+ONE_COPY = ("fp8", "nf4")  # forms of weights that are made plain in one step
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """Of T5 and CLIP: shapes of T5's linears and how many of each, all other numbers, T5's heads and width."""
+
+    linears: tuple[tuple[tuple[int, int], int], ...]
+    others: int
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class PictureModels:
+    """The autoencoder's sizes and its numbers, and the text encoders' sizes."""
+
+    autoencoder: AutoencoderConfig
+    numbers: int
+    text: TextSizes
+
+
+def picture_models(options: Generate | Train) -> PictureModels:
+    """From the files. Raises UserError for one that is missing, incomplete or of another kind."""
+    assert options.vae and options.text_encoder1 and options.text_encoder2
+    autoencoder = empty_autoencoder(options.vae)
+    text = text_sizes(empty_t5(options.text_encoder1), empty_clip(options.text_encoder2))
+    return PictureModels(autoencoder.config, _numbers(autoencoder), text)
+
+
+def text_sizes(t5: "T5EncoderModel", clip: "CLIPTextModel") -> TextSizes:
+    shapes = Counter(tuple(m.weight.shape) for m in t5.modules() if isinstance(m, nn.Linear))
+    inside = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    return TextSizes(
+        linears=tuple(shapes.items()),
+        others=_numbers(t5) - inside + _numbers(clip),
+        heads=t5.config.num_heads,
+        width=t5.config.d_model,
+    )
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def transformer_weights(config: TransformerConfig, *, itemsize: int, mode: Mode | None) -> Weights:
+    """mode: the form of the blocks' linears; None: the compute type, of `itemsize` bytes."""
+    if mode is None:
+        return weights_of(config, itemsize=itemsize)
+    linear = partial(_linear_bytes, mode=mode, itemsize=itemsize)
+    return weights_of(config, itemsize=itemsize, linear=linear, copies=1 if mode in ONE_COPY else 2)
+
+
+def _linear_bytes(rows: int, columns: int, *, mode: Mode, itemsize: int) -> int:
+    plain = not quantisable((rows, columns), mode)
+    return rows * columns * itemsize if plain else stored_bytes(rows, columns, mode)
+
+
+def vae_of(options: Generate | Train, models: PictureModels, *, tiled: bool = False) -> Vae:
+    itemsize = resolve_dtype(options.vae_dtype).itemsize
+    tiled = tiled or options.vae_tiling == "on"
+    return Vae(models.autoencoder, models.numbers * itemsize, itemsize, tiled)
+
+
+def text_of(options: Generate | Train, text: TextSizes, dtype: torch.dtype) -> Text:
+    """The encoders in `dtype`; with --fp8-t5 T5's linears in 8 bits."""
+    mode: Mode | None = "int8" if options.fp8_t5 else None
+    linears = sum(
+        count * (stored_bytes(*shape, mode) if mode else shape[0] * shape[1] * dtype.itemsize)
+        for shape, count in text.linears
+    )
+    widest = max(rows * columns for (rows, columns), _ in text.linears)
+    return Text(
+        weights=linears + text.others * dtype.itemsize,
+        heads=text.heads,
+        width=text.width,
+        length=options.t5_max_length,
+        scratch=2 * widest * dtype.itemsize if mode else 0,
+    )
