@@ -8,9 +8,11 @@ from kontext import __version__
 from kontext.backends import attention_backend
 from kontext.checkpoints import open_source, transformer_config
 from kontext.checkpoints.recognise import Kind
+from kontext.commands import budget, generate_plan
 from kontext.commands.conversing import converse
 from kontext.commands.merge import merge_into_checkpoint
 from kontext.commands.models import model_files, model_runtime
+from kontext.commands.picture_needs import picture_sizes
 from kontext.commands.recalling import recall, run_settings
 from kontext.console import say, table
 from kontext.device import resolve_device
@@ -49,12 +51,19 @@ def _generate(options: Generate, crew: Processes) -> None:
     changing = options.interactive or any(request.multipliers is not None for request in requests)
     loras = _loras(options, attach=changing or options.lora_attach)
     writer = _writer(options, loras, crew)
-    kontext = Kontext(model_files(options), _runtime(options), loras)
     if options.latent_path:
         need(options, "vae", because="to decode latents (--latent-path)")
+        kontext = Kontext(model_files(options), _runtime(options), loras)
         _decode(kontext, options.latent_path, writer, crew)
         return
     _check_models(options)
+    if options.dry_run or options.vram_budget:
+        device, sizes = resolve_device(options.device), picture_sizes(requests)
+        needs = generate_plan.read_needs(options, requests, sizes, loras, device)
+        options = budget.for_pictures(options, needs, device)
+        if options.dry_run:
+            return generate_plan.dry_run(options, requests, sizes, needs, device)
+    kontext = Kontext(model_files(options), _runtime(options), loras)
     if options.interactive:
         converse(kontext, base, writer, options.images_per_prompt)
     else:

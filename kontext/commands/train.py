@@ -4,11 +4,22 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from secrets import randbits
+from typing import Any
 
 from kontext import console
-from kontext.commands import train_average, train_data, train_export, train_model, train_network, train_whole
+from kontext.commands import (
+    budget,
+    train_average,
+    train_data,
+    train_export,
+    train_model,
+    train_needs,
+    train_network,
+    train_whole,
+)
 from kontext.commands import train_values as values
 from kontext.commands.models import model_files
+from kontext.commands.train_dry import Run, dry_run
 from kontext.commands.train_report import journal
 from kontext.commands.train_show import show_timesteps
 from kontext.data.batches import Batches
@@ -43,11 +54,24 @@ def run(options: Train) -> None:
     plan = values.plan(options, len(batches.sizes(0)), team.size)
     settings = values.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
+    run = Run(names, network, start, batches, held, plan, team, seed)
+    if options.dry_run or options.vram_budget:
+        outline = train_needs.outline(options, network, batches, team, seed)
+        options = budget.for_training(options, outline.needs, team.device)
+        if options.dry_run:
+            return dry_run(options, run, outline)
+    _train(options, run, settings)
 
-    kontext = Kontext(model_files(options), values.runtime(options, team), train_network.base_loras(options))
+
+def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
+    """Put the run together, and let it run."""
+    start, batches, plan, seed = run.start, run.batches, run.plan, run.seed
+    kontext = Kontext(
+        model_files(options), values.runtime(options, run.team), train_network.base_loras(options)
+    )
     samples = _samples(options, kontext, seed)
-    transformer, trained, team = train_model.model(options, kontext, network, team, seed)
-    updates = values.updates(options, network, trained.parameters, plan, team.device)
+    transformer, trained, team = train_model.model(options, kontext, run.network, run.team, seed)
+    updates = values.updates(options, run.network, trained.parameters, plan, team.device)
     average = train_average.average(options, updates)
     start.load(updates, team, average)
     _introduce(plan, batches, trained)
@@ -56,7 +80,7 @@ def run(options: Train) -> None:
     export = train_export.export(
         options, trained, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights
     )
-    kept = journal(options, names, plan, start, seed=seed, team=team)
+    kept = journal(options, run.names, plan, start, seed=seed, team=team)
     drawn = Previews(
         kontext,
         samples,
@@ -64,7 +88,7 @@ def run(options: Train) -> None:
         rhythm=values.rhythm(options),
         team=team,
         weights=weights,
-        names=names,
+        names=run.names,
         drawn=kept.samples,
     )
     Session(
@@ -74,14 +98,14 @@ def run(options: Train) -> None:
         objective=Objective(transformer, values.timesteps(options), options.guidance_scale, team.run),
         updates=updates,
         start=start,
-        names=names,
+        names=run.names,
         rules=values.rules(options),
         settings=settings,
         average=average,
         adapter=train_average.both(export, average),
         weights=weights,
         previews=drawn if samples else None,
-        held=held,
+        held=run.held,
         log=values.log(options, team),
         journal=kept,
     ).run()

@@ -1,5 +1,7 @@
 """The transformer of a run, and what of it is trained."""
 
+import torch
+
 from kontext import console
 from kontext.commands import train_values, train_whole
 from kontext.device import resolve_dtype
@@ -28,7 +30,7 @@ def model(
     """
     transformer, runtime = kontext.transformer(), kontext.runtime
     if not train_whole.is_whole(options):
-        adapters = _adapters(options, kontext, network, transformer, seed)
+        adapters = _attached(options, transformer, network, seed, runtime.device)
         _spare(options, transformer, runtime)
         return transformer, adapters, team
     parameters = thaw(transformer, network, stored=runtime.weights or runtime.dtype, rest=runtime.dtype)
@@ -43,6 +45,16 @@ def model(
     return transformer, Weights(parameters, train_whole.layout(options), team), team
 
 
+def outline(options: Train, transformer: Transformer, network: Network, team: Team) -> Trained:
+    """What would be trained of a transformer on the meta device. Raises UserError for weights that do not fit."""
+    if not train_whole.is_whole(options):
+        return _attached(options, transformer, network, 0, torch.device("meta"))
+    rest = resolve_dtype(train_values.precision(options))
+    stored = rest if options.full_bf16 else torch.float32
+    parameters = thaw(transformer, network, stored=stored, rest=rest)
+    return Weights(parameters, train_whole.layout(options), team)
+
+
 def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
     """Remake, place, recompute."""
     policy = train_values.policy(options, runtime.device)
@@ -52,10 +64,9 @@ def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
     recompute_blocks(transformer, policy)
 
 
-def _adapters(
-    options: Train, kontext: Kontext, network: Network, transformer: Transformer, seed: int
+def _attached(
+    options: Train, transformer: Transformer, network: Network, seed: int, device: torch.device
 ) -> Adapters:
-    device = kontext.runtime.device
     given = [] if options.network_weights is None else [options.network_weights]
     files = read_adapters(given, transformer.config)
     like = files[0] if options.dim_from_weights else None

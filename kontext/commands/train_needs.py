@@ -1,21 +1,24 @@
 """How much memory `kontext train` needs, as its options say."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from kontext.checkpoints import empty_transformer
+from kontext.commands import train_model, train_network, train_whole
 from kontext.commands import train_values as values
-from kontext.commands import train_whole
-from kontext.commands.model_sizes import PictureModels, text_of, transformer_weights, vae_of
+from kontext.commands.model_sizes import PictureModels, picture_models, text_of, transformer_weights, vae_of
 from kontext.commands.models import quantization
-from kontext.commands.picture_needs import largest
+from kontext.commands.picture_needs import largest, picture_sizes
 from kontext.data.batches import Batches, Group
 from kontext.data.cache import Header, read_header
 from kontext.device import resolve_dtype
 from kontext.generation.request import Request
+from kontext.lora.report import read_adapters
 from kontext.memory.choice import Setup
 from kontext.memory.estimate import CONTEXT, Trained, Work
-from kontext.memory.needs import TrainingNeeds
+from kontext.memory.modulation import trains_modulation
+from kontext.memory.needs import Pictures, TrainingNeeds
 from kontext.model.latents import PIXELS_PER_TOKEN
 from kontext.model.transformer import TransformerConfig
 from kontext.options.train import Train
@@ -23,6 +26,54 @@ from kontext.training import trained as kinds
 from kontext.training.ahead import WINDOW
 from kontext.training.arguments import parse_arguments
 from kontext.training.footprint import optimizer_bytes
+from kontext.training.network import Network
+from kontext.training.prompts import read_sample_prompts
+from kontext.training.team import Team
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A run without its weights: the transformer's sizes, what is trained of it (on the meta device), the samples.
+
+    processes: how many share what is trained, and the optimizer's state.
+    """
+
+    config: TransformerConfig
+    trained: kinds.Trained
+    samples: tuple[Request, ...]
+    needs: TrainingNeeds
+    processes: int
+
+
+def outline(options: Train, network: Network, batches: Batches, team: Team, seed: int) -> Outline:
+    """From headers of files. Raises UserError for any that is missing, incomplete, of another kind or does not fit."""
+    transformer = empty_transformer(options.dit)
+    if options.base_weights:
+        read_adapters(train_network.base_loras(options).paths, transformer.config)
+    trained = train_model.outline(options, transformer, network, team)
+    samples, models = (), None
+    if options.sample_prompts is not None:
+        samples = tuple(read_sample_prompts(options.sample_prompts, values.sample_request(seed)))
+        models = picture_models(options)
+    processes = team.size if train_whole.is_split(options, team) else 1
+    needed = needs(
+        options,
+        transformer.config,
+        trained_sizes(options, trained, team.device, processes),
+        largest_work(options, batches),
+        device=team.device,
+        whole_modulation=trains_modulation(transformer),
+        pictures=_pictures(options, samples),
+        models=models,
+    )
+    return Outline(transformer.config, trained, samples, needed, processes)
+
+
+def _pictures(options: Train, samples: tuple[Request, ...]) -> Pictures | None:
+    if not samples:
+        return None
+    text, itemsize = options.t5_max_length, _dtype(options).itemsize
+    return largest(samples, picture_sizes(samples), text=text, itemsize=itemsize)
 
 
 def needs(
@@ -32,37 +83,38 @@ def needs(
     work: Work,
     *,
     device: torch.device,
+    whole_modulation: bool = False,
+    pictures: Pictures | None = None,
     models: PictureModels | None = None,
-    samples: Sequence[Request] = (),
 ) -> TrainingNeeds:
-    """models: of the sample pictures, if there are any."""
-    dtype = resolve_dtype(values.precision(options))
-    common = TrainingNeeds(
+    """whole_modulation: as in TrainingNeeds. pictures, models: of the sample pictures, if there are any."""
+    dtype = _dtype(options)
+    return TrainingNeeds(
         weights=transformer_weights(config, itemsize=dtype.itemsize, mode=quantization(options, device)),
         trained=trained,
         work=work,
         ahead=WINDOW,
+        whole_modulation=whole_modulation,
+        pictures=pictures,
+        vae=models and vae_of(options, models),
+        text=models and text_of(options, models.text, dtype),
         context=CONTEXT if device.type == "cuda" else 0,
     )
-    if models is None or not samples:
-        return common
-    return TrainingNeeds(
-        **vars(common)
-        | {
-            "pictures": largest(samples, text=options.t5_max_length, itemsize=dtype.itemsize),
-            "vae": vae_of(options, models),
-            "text": text_of(options, models.text, dtype),
-        }
-    )
 
 
-def asked(options: Train, device: torch.device) -> Setup:
+def _dtype(options: Train) -> torch.dtype:
+    return resolve_dtype(values.precision(options))
+
+
+def asked(options: Train, team: Team) -> Setup:
     """The setup that the options ask for."""
-    return Setup(values.runtime(options, device).placement, values.policy(options, device))
+    return Setup(values.runtime(options, team).placement, values.policy(options, team.device))
 
 
-def trained_sizes(options: Train, trained: kinds.Trained, device: torch.device) -> Trained:
-    """Of what is learned, its tensors being on any device, also the meta device."""
+def trained_sizes(
+    options: Train, trained: kinds.Trained, device: torch.device, processes: int = 1
+) -> Trained:
+    """Of what is learned, its tensors being on any device, also the meta device. processes: how many share it."""
     parameters = trained.parameters
     optimizer = optimizer_bytes(
         options.optimizer_type,
@@ -72,19 +124,20 @@ def trained_sizes(options: Train, trained: kinds.Trained, device: torch.device) 
     )
     numbers = sum(parameter.numel() for parameter in parameters.values())
     itemsize = next(iter(parameters.values())).element_size()
-    averaged = options.ema_decay is not None
-    if train_whole.is_whole(options):
-        plain = numbers * resolve_dtype(values.precision(options)).itemsize
-        rounded = 0 if plain == numbers * itemsize else plain
-        return Trained(numbers, optimizer, itemsize, averaged=averaged, replaces=plain, rounded=rounded)
-    assert isinstance(trained, kinds.Adapters)
-    ranks = sum(adapter.rank for adapter in trained.adapters.values())
-    return Trained(numbers, optimizer, itemsize, ranks, averaged)
+    common = Trained(
+        numbers // processes, optimizer // processes, itemsize, averaged=options.ema_decay is not None
+    )
+    if isinstance(trained, kinds.Adapters):
+        return replace(common, ranks=sum(adapter.rank for adapter in trained.adapters.values()))
+    plain = numbers * _dtype(options).itemsize
+    return replace(
+        common, replaces=plain, rounded=plain if itemsize * numbers != plain or processes > 1 else 0
+    )
 
 
 def largest_work(options: Train, batches: Batches) -> Work:
     """The batch of the most tokens."""
-    itemsize = resolve_dtype(values.precision(options)).itemsize
+    itemsize = _dtype(options).itemsize
     found = [Work(rows(group), tokens(group), itemsize) for group in batches.groups]
     return max(found, key=lambda work: work.batch * work.tokens)
 

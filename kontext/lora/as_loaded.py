@@ -38,6 +38,12 @@ class AsLoaded:
         several = len(self.source.files) > 1
         return several or (self.source.path.is_dir() and is_diffusers(self.source))
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors as they are written."""
+        entries = (entry for where in self.stored().values() for entry in where.parts)
+        return sum(Spec(entry.name, self._dtype(entry), entry.shape).bytes for entry in entries)
+
     def stored(self) -> dict[str, Stored]:
         """Where each tensor lies in the source, by BFL name, in the order in which they are written."""
         return stored_tensors(self.source)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from kontext.memory.estimate import Policy, Work
+from kontext.memory.estimate import Work
 from kontext.memory.placement import Placement
+from kontext.memory.policies import Policy
 from kontext.memory.streaming import Swap, streamed_blocks
 from kontext.memory.weights import Weights
 from kontext.model.transformer import TransformerConfig

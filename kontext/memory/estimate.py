@@ -16,9 +16,11 @@ from kontext.model.transformer import TransformerConfig
 CONTEXT = 500_000_000  # CUDA's own code and buffers
 FLOAT32 = 4
 IN_FLIGHT = 2  # checkpoints on their way to or from the host
-# Live at the worst moment of one block, in units, for FLUX's MLP of four times the model's width.
-FORWARD_UNITS = 20
-BACKWARD_UNITS = 26
+# Live at the worst moment beside what blocks keep, in units, for FLUX's MLP of four times the model's width.
+FORWARD_UNITS = (
+    20  # a single block before its last product: two streams, 7 of linear1, 4 of the MLP, 5 joined
+)
+BACKWARD_UNITS: dict[Policy, int] = {"none": 18, "selective": 26, "whole": 26, "offloaded": 26}
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,12 @@ def kept_units(config: TransformerConfig, policy: Policy) -> float:
 
 
 def activations(config: TransformerConfig, work: Work, policies: Sequence[Policy], *, ranks: int = 0) -> Part:
-    """What all blocks keep. ranks: of all adapters; their inner values are kept where nothing is recomputed."""
+    """What all blocks keep. ranks: of all adapters, whose inner values are kept where a block is not run again."""
     unit, tokens = work.unit(config), work.batch * work.tokens
-    lse = tokens * config.heads * FLOAT32
+    once = sum(policy in ("none", "selective") for policy in policies)
     kept = sum(round(kept_units(config, policy) * unit) for policy in policies)
-    kept += lse * sum(policy in ("none", "selective") for policy in policies)
-    kept += ranks * tokens * work.itemsize * policies.count("none") // len(policies)
+    kept += once * tokens * config.heads * FLOAT32  # log-sums of attention
+    kept += ranks * tokens * work.itemsize * once // len(policies)
     offloaded = policies.count("offloaded") * unit
     return Part("kept activations", kept + min(offloaded, IN_FLIGHT * unit), offloaded)
 
@@ -154,10 +156,11 @@ def training(
     config = weights.config
     fixed = (*weight_parts(placed), *trained.parts(), Part("gradients", trained.nbytes))
     rounded = trained.rounded if "none" in policies else IN_FLIGHT * trained.rounded // len(policies)
+    block = max(BACKWARD_UNITS[policy] for policy in policies)
     busy = (
         activations(config, work, policies, ranks=trained.ranks),
         modulation(config, work, -(-ahead // work.batch)),
-        Part("one block at work", round(BACKWARD_UNITS * work.unit(config)) + weights.scratch + rounded),
+        Part("one block at work", block * work.unit(config) + weights.scratch + rounded),
     )
     if (
         sum(part.device for part in busy) < trained.nbytes
@@ -169,7 +172,7 @@ def training(
 def denoising(weights: Weights, placed: Placed, work: Work, *, steps: int) -> Stage:
     """All steps of a picture."""
     config = weights.config
-    busy = Part("one block at work", round(FORWARD_UNITS * work.unit(config)) + weights.scratch)
+    busy = Part("one block at work", FORWARD_UNITS * work.unit(config) + weights.scratch)
     return Stage("denoising", (*weight_parts(placed), modulation(config, work, steps), busy))
 
 

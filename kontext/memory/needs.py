@@ -1,6 +1,7 @@
 """What a run needs memory for, whatever is chosen about it; a setup then says how much."""
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from kontext.memory.choice import Setup
 from kontext.memory.estimate import (
@@ -19,6 +20,8 @@ from kontext.memory.estimate import (
 )
 from kontext.memory.weights import Placed, Weights
 from kontext.model.autoencoder import AutoencoderConfig
+
+Needs = TypeVar("Needs", "TrainingNeeds", "PictureNeeds")
 
 TILED_SHARE = 0.5  # of what the autoencoder's feature maps take, when it works in strips
 
@@ -81,13 +84,14 @@ class Text:
 class TrainingNeeds:
     """A training run. work: its largest batch; ahead: items whose modulation is computed together.
 
-    pictures, vae, text: of the samples, if there are any. context: as in Estimate.
+    whole_modulation: whether modulation is trained, and so never leaves the device. pictures, vae, text: of the samples, if there are any. context: as in Estimate.
     """
 
     weights: Weights
     trained: Trained
     work: Work
     ahead: int
+    whole_modulation: bool = False
     pictures: Pictures | None = None
     vae: Vae | None = None
     text: Text | None = None
@@ -103,7 +107,8 @@ class TrainingNeeds:
 
     def _placed(self, setup: Setup) -> Placed:
         """The frozen weights."""
-        placed = self.weights.placed(setup.placement)
+        away = setup.placement.modulation and not self.whole_modulation
+        placed = self.weights.placed(replace(setup.placement, modulation=away))
         return replace(placed, device=placed.device - self.trained.replaces)
 
     def _before(self) -> tuple[Stage, ...]:
@@ -152,3 +157,8 @@ class PictureNeeds:
         return Estimate(
             tuple(stage.beside(others) if self.keep else stage for stage, others in stages), self.context
         )
+
+
+def in_strips(needs: Needs, tiled: bool = True) -> Needs:
+    """The same with the autoencoder working in strips, or not."""
+    return needs if needs.vae is None else replace(needs, vae=replace(needs.vae, tiled=tiled))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from kontext.options.base import Options, option, optional
-from kontext.options.shared import Adapters, Common, Dit, Encoders, Swapping, Vae
+from kontext.options.shared import Adapters, Common, Dit, Encoders, Planning, Swapping, Vae
 
 
 class Picture(Options):
@@ -182,6 +182,7 @@ class Generate(
     Swapping,
     Vae,
     Encoders,
+    Planning,
     Common,
 ):
     """Make or edit pictures."""

@@ -150,6 +150,23 @@ class Swapping(Options):
     )
 
 
+class Planning(Options):
+    """Planning"""
+
+    vram_budget: Annotated[str, BeforeValidator(str)] | None = option(
+        "GiB of GPU memory to stay within, or auto: what is free. Chooses what is not given: modulation on the host, "
+        "streamed blocks, and in training what is computed again; never weights in fewer bits.",
+        default=None,
+        pattern=r"^(auto|\d+(\.\d+)?)$",
+    )
+    dry_run: bool = option(
+        "Try everything that can fail later, show what will be done and the memory it takes, and stop. No weights are "
+        "loaded.",
+        default=False,
+        command_line_only=True,
+    )
+
+
 class Adapters(Options):
     """LoRA"""
 

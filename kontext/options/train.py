@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from kontext.options.base import Options, option
-from kontext.options.shared import Common, DatasetFile, Dit, Encoders, Precision, Swapping, Vae
+from kontext.options.shared import Common, DatasetFile, Dit, Encoders, Planning, Precision, Swapping, Vae
 from kontext.options.train_how import Length, Memory, Network, Noise, Optimization
 
 
@@ -124,6 +124,7 @@ class Train(
     Swapping,
     Vae,
     Encoders,
+    Planning,
     Common,
 ):
     """Train a LoRA."""

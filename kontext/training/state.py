@@ -175,10 +175,7 @@ def load_state(
         names = list(file.keys())
         saved = {n.removeprefix("adapter."): file.get_slice(n) for n in names if n.startswith("adapter.")}
         wanted = {name: list(shares.shape(name, parameter)) for name, parameter in parameters.items()}
-        if wanted != {name: values.get_shape() for name, values in saved.items()}:
-            raise UserError(
-                f"--resume {folder}: the state is of another network: give the same --network options."
-            )
+        _compare(folder, wanted, {name: values.get_shape() for name, values in saved.items()})
         tensors = {name: owned.own(name, file.get_tensor(name)) for name in names}
         structure = json.loads(file.metadata()["optimizer"])
     saved = _under("adapter.", tensors)
@@ -187,6 +184,21 @@ def load_state(
             parameter.copy_(saved[name])
     optimizer.load_state_dict(_restore(structure, tensors))
     return _under("average.", tensors)
+
+
+def check_network(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises UserError if the state in `folder` is of another network than these whole parameters, which may be on meta."""
+    with safe_open(folder / FILE, "pt") as file:
+        names = [name for name in list(file.keys()) if name.startswith("adapter.")]
+        saved = {name.removeprefix("adapter."): file.get_slice(name).get_shape() for name in names}
+    _compare(folder, {name: list(parameter.shape) for name, parameter in parameters.items()}, saved)
+
+
+def _compare(folder: Path, wanted: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> None:
+    if wanted != saved:
+        raise UserError(
+            f"--resume {folder}: the state is of another network: give the same --network options."
+        )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

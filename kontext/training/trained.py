@@ -38,6 +38,10 @@ class Trained(Protocol):
     def modules(self) -> int:
         """In how many modules of the transformer it is."""
 
+    @property
+    def file_bytes(self) -> int:
+        """Of the tensors in its file."""
+
     def copy(self, path: Path, fields: Mapping[str, str], spec: Mapping[str, str]) -> Job:
         """Takes the weights as they are now; the job writes them to `path` with `ss_*` and modelspec fields."""
 
@@ -60,6 +64,11 @@ class Adapters:
     @property
     def modules(self) -> int:
         return len(self.adapters)
+
+    @property
+    def file_bytes(self) -> int:
+        alphas = len(self.adapters)
+        return (alphas + sum(p.numel() for p in self.parameters.values())) * self.dtype.itemsize
 
     def copy(self, path: Path, fields: Mapping[str, str], spec: Mapping[str, str]) -> Job:
         return partial(_write, path, kohya_tensors(self.adapters, self.dtype), fields, spec)
@@ -88,6 +97,10 @@ class Weights:
     def count(self) -> int:
         shares = self.team.shares
         return sum(shares.shape(name, parameter).numel() for name, parameter in self.parameters.items())
+
+    @property
+    def file_bytes(self) -> int:
+        return self.layout.bytes
 
     def copy(self, path: Path, fields: Mapping[str, str], spec: Mapping[str, str]) -> Job:
         """Writes at once: a copy of a whole model would need as much memory again."""
