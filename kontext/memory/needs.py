@@ -23,7 +23,7 @@ from kontext.model.autoencoder import AutoencoderConfig
 
 Needs = TypeVar("Needs", "TrainingNeeds", "PictureNeeds")
 
-TILED_SHARE = 0.5  # of what the autoencoder's feature maps take, when it works in strips
+STRIPS = 100_000_000  # bytes of the strips that the autoencoder works in, at the worst moment
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,19 @@ class Vae:
     tiled: bool = False
 
     def encoding(self, pixels: int) -> Stage:
-        return self._stage(encoding_picture(self.config, self.weights, pixels=pixels, itemsize=self.itemsize))
+        whole = encoding_picture(self.config, self.weights, pixels=pixels, itemsize=self.itemsize)
+        return self._stage(whole, pixels, 2 * self.config.widths[0])
 
     def decoding(self, pixels: int) -> Stage:
-        return self._stage(decoding_picture(self.config, self.weights, pixels=pixels, itemsize=self.itemsize))
+        whole = decoding_picture(self.config, self.weights, pixels=pixels, itemsize=self.itemsize)
+        return self._stage(whole, pixels, self.config.widths[0] + self.config.widths[1])
 
-    def _stage(self, whole: Stage) -> Stage:
+    def _stage(self, whole: Stage, pixels: int, channels: int) -> Stage:
+        """In strips only a layer's input and output exist in full: `channels` together."""
         weights, maps = whole.parts
-        return (
-            Stage(whole.name, (weights, Part(maps.name, int(maps.device * TILED_SHARE))))
-            if self.tiled
-            else whole
-        )
+        if not self.tiled:
+            return whole
+        return Stage(whole.name, (weights, Part(maps.name, channels * pixels * self.itemsize + STRIPS)))
 
 
 @dataclass(frozen=True)

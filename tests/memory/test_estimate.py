@@ -16,8 +16,10 @@ from kontext.memory.estimate import (
     encoding_picture,
     training,
 )
+from kontext.memory.needs import Vae
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.remaking import remake_blocks
+from kontext.memory.tiling import tile
 from kontext.memory.weights import Placed, weights_of
 from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
 from kontext.model.transformer import Transformer, TransformerConfig
@@ -123,6 +125,19 @@ def test_ranks_are_kept_where_nothing_is_recomputed():
     assert activations(REAL, MEGAPIXEL, ["whole"] * 57, ranks=100) == activations(
         REAL, MEGAPIXEL, ["whole"] * 57
     )
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_pictures_in_strips(direction, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+    with torch.device("meta"):
+        model = tile(Autoencoder(AE).requires_grad_(False), "on")
+        picture, latent = torch.empty(1, 3, 1024, 1024), torch.empty(1, 16, 128, 128)
+    with Live() as live, torch.no_grad():
+        model.encode(picture) if direction == "encode" else model.decode(latent)
+    vae = Vae(AE, weights=0, itemsize=4, tiled=True)
+    found = vae.encoding(2**20) if direction == "encode" else vae.decoding(2**20)
+    assert found.device == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
