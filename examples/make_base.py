@@ -1,7 +1,8 @@
 """Makes the small Kontext in examples/small_world/models: tokenizers, autoencoder, transformer, text encoders.
 
 Run from the repository's root: `python examples/make_base.py`. It needs no data: every picture is drawn. It
-continues from its checkpoints in --work, and uses a GPU if there is one.
+continues from its checkpoints in --work, and uses a GPU if there is one. Transformer and text encoders are trained by
+the loop of `kontext train --network-module none`; --quick runs everything with two steps a stage, to see that it works.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from small_world import autoencoder as stage_a
 from small_world import base as stage_b
-from small_world import scenes
+from small_world import learning, scenes
 from small_world.files import write_models
 from small_world.measure import Score, follow, score
 from small_world.pictures import to_bytes, to_image
@@ -24,6 +25,7 @@ from kontext.allocation import reuse_freed_memory
 from kontext.console import say, table
 
 HERE = Path(__file__).parent
+QUICK = {"autoencoder_steps": 2, "decoder_steps": 2, "pictures": 32, "steps": 2, "edits": 32, "scored": 2}
 
 
 def arguments() -> argparse.Namespace:
@@ -37,8 +39,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=6000, help="drawn for the autoencoder")
     parser.add_argument("--steps", type=int, default=5600, help="of the transformer and the text encoders")
     parser.add_argument("--edits", type=int, default=4000, help="encoded before stage B")
+    parser.add_argument("--scored", type=int, default=32, help="held-out scenes of each kind of edit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two steps a stage, few pictures")
+    options = parser.parse_args()
+    return argparse.Namespace(**vars(options) | QUICK) if options.quick else options
 
 
 def make_autoencoder(options: argparse.Namespace) -> stage_a.Autoencoder:
@@ -50,7 +55,7 @@ def make_autoencoder(options: argparse.Namespace) -> stage_a.Autoencoder:
     )
     stage_a.standardise(model, pool[:512])
     model = stage_a.refine(model, pool, steps=options.decoder_steps, checkpoint=work / "decoder.pt", say=say)
-    error = stage_a.measure(model, stage_a.pictures(scenes.HELD_OUT, 300))
+    error = stage_a.measure(model, stage_a.pictures(scenes.HELD_OUT, max(1, options.pictures // 20)))
     say(f"autoencoder: mean error {error:.2f} of 255 on held-out pictures")
     return model
 
@@ -61,14 +66,14 @@ def make_world(
     words: stage_b.Words,
     sizes: tuple[int, int],
 ) -> stage_b.SmallWorld:
-    """Stage B."""
-    return stage_b.train(
+    """Stage B. `sizes` are vocabularies."""
+    torch.manual_seed(0)
+    return learning.train(
         stage_b.make_pool(autoencoder, words, options.edits),
-        sizes,
+        stage_b.SmallWorld(*sizes),
         steps=options.steps,
         device=torch.device(options.device),
-        checkpoint=options.work / "world.pt",
-        say=say,
+        folder=options.work,
     )
 
 
@@ -107,7 +112,7 @@ def main() -> None:
     autoencoder = make_autoencoder(options)
     world = make_world(options, autoencoder, words, sizes)
     write_models(options.output, autoencoder, world)
-    report([score(kind, world, autoencoder, words) for kind in scenes.EDITS])
+    report([score(kind, world, autoencoder, words, options.scored) for kind in scenes.EDITS])
     picture_sheet(world, autoencoder, words, options.work / "base.png")
     say(f"written to {options.output} after {(time.monotonic() - started) / 60:.0f} minutes")
 

@@ -1,17 +1,14 @@
-"""Stage B: a small Kontext, trained together with its two text encoders on edits of scenes.
+"""Stage B: a small Kontext with its two text encoders, and the edits of scenes that they learn from together.
 
 The instruction reaches the transformer as T5's tokens and as CLIP's pooled vector, as in the real model.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -22,12 +19,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from kontext import flow
-from kontext.denoiser import Conditioning, Denoiser
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.transformer import Transformer, TransformerConfig
 from small_world import scenes
-from small_world.fit import Fit
 from small_world.pictures import to_bytes, to_unit
 
 T5_TOKENS = 8
@@ -47,13 +41,6 @@ CONFIG = TransformerConfig(
     theta=10_000.0,
     guidance=True,
 )
-BATCH = 32
-RATE = 1.5e-3
-GUIDANCES = (1.0, 2.5, 3.5)
-FLOW_SHIFT = 1.6
-FROM_TEXT = 0.12
-LESSONS = (("recolor", "background", "remove"), ("reshape", "resize", "move"))
-FIRST_LESSON = 0.15
 
 
 @dataclass(frozen=True)
@@ -171,41 +158,3 @@ def make_pool(autoencoder: Autoencoder, words: Words, size: int) -> Pool:
         captions=words([edit.reference.caption() for edit in edits]),
         kinds=kinds,
     )
-
-
-def _draw_rows(pool: Pool, rng: random.Random, progress: float) -> Tensor:
-    """Rows of one batch: the first lesson alone at first, then all kinds alike."""
-    kinds = LESSONS[0] if progress < FIRST_LESSON else LESSONS[0] + LESSONS[1]
-    chosen = [pool.kinds[rng.choice(kinds)] for _ in range(BATCH)]
-    return torch.stack([rows[rng.randrange(len(rows))] for rows in chosen])
-
-
-def train(
-    pool: Pool,
-    sizes: tuple[int, int],
-    *,
-    steps: int,
-    device: torch.device,
-    checkpoint: Path,
-    say: Callable[[str], None],
-) -> SmallWorld:
-    """Rectified flow on edits, and in a few batches on captions without a reference. `sizes` are vocabularies."""
-
-    def loss_of(model: nn.Module, step: int) -> Tensor:
-        rng = random.Random(step)
-        generator = torch.Generator().manual_seed(step)
-        rows = _draw_rows(pool, rng, step / steps)
-        from_text = rng.random() < FROM_TEXT
-        x0, ids = (pool.before, pool.captions) if from_text else (pool.after, pool.instructions)
-        x0, ids = x0[rows].to(device), (ids[0][rows].to(device), ids[1][rows].to(device))
-        references = () if from_text else (pool.before[rows].to(device),)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        t = flow.shift(torch.randn(BATCH, generator=generator).sigmoid(), FLOW_SHIFT).to(device)
-        denoise = Denoiser(
-            model.transformer, Conditioning(*model.text(ids), references, rng.choice(GUIDANCES))
-        )
-        return F.mse_loss(denoise(flow.mix(x0, noise, t), t), flow.velocity(x0, noise))
-
-    torch.manual_seed(0)
-    fit = Fit(SmallWorld(*sizes).to(device), rate=RATE, checkpoint=checkpoint)
-    return fit.run(loss_of, steps=steps, say=say)
