@@ -53,9 +53,9 @@ def quantization(options: Generate | Train, device: torch.device) -> Mode | None
         instead, dtype = plain[mode]
         if not supported(device, dtype):
             notice(
-                f"{flag_name(mode)}: {device} has no products of such numbers in 8 bits (fp8: RTX 40, H100 and later), or "
-                f"this PyTorch has none for it. The weights are kept as with {flag_name(instead)} and multiplied in the "
-                "precision of --dtype: as exact, not as fast."
+                f"{flag_name(mode)}: {device} has no fast products of such numbers (fp8: RTX 40, H100 and later), or this "
+                f"PyTorch has none for it. The weights are kept as with {flag_name(instead)} and multiplied in the "
+                "precision of --dtype: more exact, not faster."
             )
             return instead
     return mode

@@ -38,10 +38,11 @@ def multiply_back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Ten
 def supported(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `device` multiplies numbers of this 8-bit type, with a scale per row.
 
-    Asked of the device itself: fp8 needs compute capability 8.9 (RTX 40, H100), and torch came to it card by card.
+    Asked of the device itself: fp8 needs compute capability 8.9 (RTX 40, H100), and torch came to it card by card. A CPU
+    multiplies both, but whole numbers one by one, several times slower than floats.
     """
     if device.type == "cpu":
-        return True
+        return dtype == FP8
     x, weight = (
         torch.ones(LEAST_ROWS, 32, device=device, dtype=torch.bfloat16),
         torch.ones(16, 32, device=device),

@@ -110,6 +110,7 @@ def test_whole_numbers_do_not_wrap_around():
 
 def test_a_device_is_asked_for_what_it_can(monkeypatch):
     assert products.supported(torch.device("cpu"), FP8)
+    assert not products.supported(torch.device("cpu"), torch.int8)
     pretended = torch.device("meta")  # computes nothing, as a card that cannot
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
     assert not products.supported(pretended, FP8)
