@@ -39,7 +39,6 @@ from kontext.model.transformer import Transformer, TransformerConfig
 from kontext.quant import FP8
 
 FP8_SCALED = "fp8_scaled"
-FLUSHED = 2**28  # bytes after which the disk begins to work
 Layout = Literal["bfl", "diffusers"]
 SaveType = torch.dtype | Literal["fp8_scaled"]
 
@@ -223,7 +222,7 @@ def _tasks(
     checkpoint: Checkpoint, writer: Writer, device: torch.device, loss: Loss, on_job: Callable[[], object]
 ) -> Iterator[Callable[[], object]]:
     """What threads can do beside each other; a tensor that is needed whole is done right here."""
-    desk, size, waiting = Desk(), VALUES if device.type == "cpu" else VALUES_ON_GPU, 0
+    desk, size = Desk(), VALUES if device.type == "cpu" else VALUES_ON_GPU
     for job in checkpoint.jobs:
         changes = checkpoint.changes.get(job.name, ())
         if job.copied:
@@ -234,10 +233,6 @@ def _tasks(
                 yield partial(merge_strip, strip, ready, writer, desk, device)
         else:
             _run(job, checkpoint, writer, device, loss)
-        waiting += sum(spec.bytes for spec in job.outputs)
-        if waiting >= FLUSHED:
-            yield writer.flush
-            waiting = 0
         on_job()
 
 

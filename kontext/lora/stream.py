@@ -106,11 +106,6 @@ class Writer:
         with open(entry.file, "rb", buffering=0) as old, open(self.path, "rb+", buffering=0) as new:
             _copy(old, start, new, self._place(key, row), left)
 
-    def flush(self) -> None:
-        """Have what is written so far go to the disk, while more of it is made."""
-        with open(self.path, "rb+", buffering=0) as file:
-            os.fsync(file.fileno())
-
     def _place(self, key: str, row: int) -> int:
         return self._data + self._start[key] + row * row_bytes(self._specs[key])
 

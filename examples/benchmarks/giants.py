@@ -1,0 +1,205 @@
+"""Full-size random transformers: one set of weights, in our class and in diffusers', which share its memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from card import Sizes
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from kontext.checkpoints.names import SWAPPED, diffusers_modules, part_sizes
+from kontext.checkpoints.transformer import is_quantisable
+from kontext.denoiser import Conditioning, Denoiser, reference_ids
+from kontext.lora.adapter import attach
+from kontext.lora.deltas import swap_halves
+from kontext.memory.placement import Placement
+from kontext.memory.policies import Policy
+from kontext.memory.recompute import recompute_blocks
+from kontext.memory.remaking import remake_blocks
+from kontext.model.latents import PATCH, pack, position_ids
+from kontext.model.transformer import Modulations, Transformer, TransformerConfig
+from kontext.quant import Mode, quantise, quantised_linear
+
+FLUX = TransformerConfig(
+    in_channels=64,
+    out_channels=64,
+    context_width=4096,
+    vector_width=768,
+    width=3072,
+    heads=24,
+    mlp_width=12288,
+    double_blocks=19,
+    single_blocks=38,
+    axes=(16, 56, 56),
+    theta=10_000.0,
+    guidance=True,
+)
+TINY = replace(
+    FLUX,
+    context_width=32,
+    vector_width=16,
+    width=64,
+    heads=1,
+    mlp_width=256,
+    double_blocks=1,
+    single_blocks=2,
+    axes=(8, 28, 28),
+)
+GUIDANCE = 2.5
+
+Weights = dict[str, Tensor]
+
+
+def random_weights(
+    config: TransformerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    on_host: Callable[[str], bool] = lambda name: False,
+) -> Weights:
+    """Under BFL's names; made on the device, of deviation 1/sqrt(inputs). `on_host`: names of those that leave it."""
+    torch.manual_seed(0)
+    made = {}
+    for name, shape in shapes(config).items():
+        tensor = torch.zeros(shape, device=device, dtype=dtype)
+        if name.endswith("scale"):
+            tensor.fill_(1)
+        elif len(shape) > 1:
+            tensor.normal_(std=shape[1] ** -0.5)
+        made[name] = tensor.cpu() if on_host(name) else tensor
+    return made
+
+
+def shapes(config: TransformerConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+
+
+def ours(config: TransformerConfig, weights: Weights) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def theirs(config: TransformerConfig, weights: Weights) -> FluxTransformer2DModel:
+    """The parts of fused weights are rows of them, so nothing but the final modulation is copied."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            in_channels=config.in_channels,
+            num_layers=config.double_blocks,
+            num_single_layers=config.single_blocks,
+            attention_head_dim=config.width // config.heads,
+            num_attention_heads=config.heads,
+            joint_attention_dim=config.context_width,
+            pooled_projection_dim=config.vector_width,
+            guidance_embeds=config.guidance,
+            axes_dims_rope=config.axes,
+        )
+    state = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        whole = swap_halves(tensor) if module == SWAPPED else tensor
+        rows = part_sizes(module, width=config.width, mlp_width=config.mlp_width) or (len(tensor),)
+        for part, values in zip(diffusers_modules(module), whole.split(rows), strict=True):
+            state[f"{part}.{'weight' if kind == 'scale' else kind}"] = values
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def rounded(model: Transformer, mode: Mode) -> Transformer:
+    """The model with the linears of its blocks in few bits, as loading does it."""
+    for name, module in list(model.named_modules()):
+        if is_quantisable(name, module):
+            layer = quantised_linear(quantise(module.weight.detach(), mode), module.bias, mode)
+            model.set_submodule(name, layer.requires_grad_(False))
+    return model
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a transformer is arranged for training: LoRA, what blocks keep, where weights lie."""
+
+    rank: int = 0
+    policy: Policy | None = None
+    placement: Placement = Placement()
+
+    def apply(self, model: Transformer, device: torch.device) -> Transformer:
+        """In the order in which training does it."""
+        if self.rank:
+            attach(model, rank=self.rank, alpha=self.rank, seed=0, device=device)
+        if self.policy:
+            remake_blocks(model, self.policy)
+        self.placement.apply(model, device)
+        if self.policy:
+            recompute_blocks(model, self.policy)
+        return model
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture in the making: noisy latent and reference (1, 16, h, w), text, pooled text, and its noise level."""
+
+    latent: Tensor
+    reference: Tensor
+    txt: Tensor
+    vector: Tensor
+    level: float
+
+    @classmethod
+    def random(
+        cls, sizes: Sizes, device: torch.device, dtype: torch.dtype, *, level: float = 0.7
+    ) -> "Picture":
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        config, edge = sizes.config, sizes.side * PATCH
+        channels = config.in_channels // PATCH**2
+        return cls(
+            draw(1, channels, edge, edge),
+            draw(1, channels, edge, edge).to(dtype),
+            draw(1, sizes.text, config.context_width).to(dtype),
+            draw(1, config.vector_width).to(dtype),
+            level,
+        )
+
+    def denoiser(self, model: Transformer) -> Denoiser:
+        return Denoiser(model, Conditioning(self.txt, self.vector, (self.reference,), GUIDANCE))
+
+    @torch.no_grad()
+    def modulations(self, model: Transformer) -> Modulations:
+        """Of this level, computed ahead."""
+        denoiser = self.denoiser(model)
+        return model.modulations([denoiser.condition(torch.tensor([self.level]))])[0]
+
+    def step(self, model: Transformer) -> Callable[[], Tensor]:
+        """A step of sampling: (1, 16, h, w). The level's modulation, text and reference are prepared before."""
+        with torch.no_grad():
+            denoiser, mods = self.denoiser(model), self.modulations(model)
+        t = torch.tensor([self.level])
+        return lambda: denoiser(self.latent, t, mods)
+
+    def velocity(self, model: Transformer, mods: Modulations | None = None) -> Tensor:
+        """As training computes it."""
+        return self.denoiser(model)(self.latent, torch.tensor([self.level]), mods)
+
+    def peer(self, model: FluxTransformer2DModel) -> Callable[[], Tensor]:
+        """The same of diffusers' model: (1, tokens of the target, 64)."""
+        device, dtype = self.txt.device, self.txt.dtype
+        rows = self.latent.shape[-1] // PATCH
+        ids = torch.cat((position_ids(rows, rows), *reference_ids((self.reference,)))).to(device)
+        tokens = torch.cat((pack(self.latent.to(dtype)), pack(self.reference)), 1)
+        inputs = {
+            "hidden_states": tokens,
+            "encoder_hidden_states": self.txt,
+            "pooled_projections": self.vector,
+            "timestep": torch.tensor([self.level], device=device, dtype=dtype),
+            "img_ids": ids,
+            "txt_ids": torch.zeros(self.txt.shape[1], 3, device=device),
+            "guidance": torch.tensor([GUIDANCE], device=device, dtype=dtype),
+            "return_dict": False,
+        }
+        return lambda: model(**inputs)[0][:, : rows * rows]
