@@ -29,17 +29,25 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_gpu_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every row at tiny sizes on the CPU: none fails, and what is written is complete after each."""
+FEW = {"rates": "rates", "generation": "G1 G2", "peaks": "G9"}
+MORE = {
+    "training": "G6 G7", "fp8": "G4", "profile": "profile", "cards": "cards", "fp8-training": "G8",
+    "streaming": "G10", "encoders": "G12", "loading": "G13",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wanted", [FEW, pytest.param(FEW | MORE, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_gpu_script(tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: dict[str, str]) -> None:
+    """Rows at tiny sizes on the CPU: none fails, and what is written is complete after each."""
     import gpu
 
-    results = gpu.main(["--quick", "--out", str(tmp_path)])
+    results = gpu.main(["--quick", "--out", str(tmp_path), "--rows", *wanted])
     assert results.faults == {}
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [line["row"] for line in written["lines"]] == [line.row for line in results.lines]
-    assert {"rates", "G1 G2", "G6 G7", "G9", "G4", "profile", "cards", "G8", "G10", "G12", "G13"} <= {
-        line.row for line in results.lines
-    }
+    assert set(wanted.values()) <= {line.row for line in results.lines}
     step = next(line for line in results.lines if line.row == "G1 G2")
     assert float(step.note.split()[3].rstrip(";")) < 1e-5, "our step and diffusers' agree"
     assert (tmp_path / "gpu.md").read_text().count("\n| ") == len(results.lines) + 2, (
