@@ -1,8 +1,8 @@
 """From the order of batches to what a step computes with: loaded, noise drawn, on the device, ahead of time."""
 
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -13,11 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from kontext.data.batches import Batch
 from kontext.errors import UserError
 from kontext.timesteps import stratified
+from kontext.training.example import Example, Parcel, pack
 from kontext.training.plan import Plan
 from kontext.training.seeds import draw_noise, draw_uniform, generator_of
 
 Place = tuple[int, int]
 """(step, index of the batch within its epoch)."""
+
+WINDOW = 8
+"""Examples that a worker hands over together: 30 MB of FLUX's. Handing over costs a millisecond, however few they are."""
 
 
 class Batches(Protocol):
@@ -31,43 +35,6 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Example:
-    """A batch with everything random about it, but dropout.
-
-    noise: (B, C, h, w); u: (B,) float64 in 0..1, from which the noise levels follow; share: the part that this batch
-    has in the items of its step.
-    """
-
-    epoch: int
-    index: int
-    share: float
-    batch: Batch
-    noise: Tensor
-    u: Tensor
-
-    def pin_memory(self) -> "Example":
-        """What DataLoader calls, so that copies to the GPU need not be waited for."""
-        return replace(self, batch=_moved(self.batch, Tensor.pin_memory), noise=self.noise.pin_memory())
-
-    def to(self, device: torch.device) -> "Example":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return replace(self, batch=_moved(self.batch, move), noise=move(self.noise))
-
-
-def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
-    return replace(
-        batch,
-        latents=move(batch.latents),
-        references=tuple(move(reference) for reference in batch.references),
-        txt=move(batch.txt),
-        vector=move(batch.vector),
-        masks=None if batch.masks is None else move(batch.masks),
-    )
-
-
-@dataclass(frozen=True)
 class Epoch:
     """What holds for all batches of an epoch: their sizes, the items before each, and uniform numbers if stratified."""
 
@@ -77,7 +44,7 @@ class Epoch:
     pool: Tensor | None
 
 
-class Examples(Dataset["Example | UserError"]):
+class Examples(Dataset[Parcel]):
     """Examples by place. A worker process holds a copy; nothing in it changes but a memory of the last epoch."""
 
     def __init__(self, batches: Batches, plan: Plan, *, seed: int, buckets: int | None = None) -> None:
@@ -87,12 +54,15 @@ class Examples(Dataset["Example | UserError"]):
         self.buckets = buckets
         self._memory: Epoch | None = None
 
-    def __getitem__(self, place: Place) -> "Example | UserError":
-        """The example, or what is wrong: raised in a worker, the message would arrive buried in a traceback."""
+    def __getitem__(self, window: Sequence[Place]) -> Parcel:
+        """The examples of some places. An error goes along: raised in a worker, it would arrive buried in a traceback."""
+        examples: list[Example] = []
         try:
-            return self.example(*place)
+            for place in window:
+                examples.append(self.example(*place))
         except UserError as error:
-            return error
+            return pack(examples, error)
+        return pack(examples)
 
     def example(self, step: int, index: int) -> Example:
         """Raises UserError when the caches have gone."""
@@ -151,18 +121,18 @@ def feed(
 
     They are on the host, in memory from which `device` copies without waiting.
     """
-    loader: DataLoader[Example | UserError] = DataLoader(
+    taken = places(examples.plan, first_step=first_step, rank=rank, together=together)
+    window = WINDOW if workers else 1
+    loader: DataLoader[Parcel] = DataLoader(
         examples,
         batch_size=None,
-        sampler=places(examples.plan, first_step=first_step, rank=rank, together=together),
+        sampler=[taken[start : start + window] for start in range(0, len(taken), window)],
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_heed_no_interrupts,
     )
-    for example in loader:
-        if isinstance(example, UserError):
-            raise example
-        yield example
+    for parcel in loader:
+        yield from parcel.open()
 
 
 def _heed_no_interrupts(worker: int) -> None:
