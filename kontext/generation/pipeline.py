@@ -156,7 +156,7 @@ class Kontext:
     @torch.no_grad()
     def _read(self, prompt: str) -> Text:
         parts = self.text_encoders()
-        length, clip_length = self.runtime.t5_max_length, parts.clip.config.max_position_embeddings
+        length, clip_length = self.runtime.t5_max_length, parts.clip.config.length
         more = "." if length == T5_LIMIT else f"; --t5-max-length {T5_LIMIT} reads more."
         say_cut("T5", parts.t5_tokenizer, prompt, length, more)
         say_cut(

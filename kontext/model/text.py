@@ -7,34 +7,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kontext.errors import UserError
+from kontext.model.clip import ClipText
+from kontext.model.t5 import T5Encoder
 
 
 @torch.no_grad()
-def encode_t5(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512) -> Tensor:
+def encode_t5(model: T5Encoder, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512) -> Tensor:
     """(B, T, D): texts are cut or padded to `max_length` tokens. Padding is attended to, as FLUX learned it.
 
     Raises UserError when the tokenizer belongs to another model.
     """
     ids = _token_ids(model, tokenizer, texts, max_length)
-    return model(input_ids=ids)[0]
+    return model(ids)
 
 
 @torch.no_grad()
-def encode_clip(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+def encode_clip(model: ClipText, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """(B, V): the last hidden state, normed, at the first end-of-text token.
 
     Raises UserError when the tokenizer belongs to another model.
     """
-    ids = _token_ids(model, tokenizer, texts, model.config.max_position_embeddings)
-    hidden = model(input_ids=ids).last_hidden_state
+    ids = _token_ids(model, tokenizer, texts, model.config.length)
+    hidden = model(ids)
     end = (ids == tokenizer.eos_token_id).int().argmax(-1)
     return hidden[torch.arange(len(ids), device=ids.device), end]
 
 
-def _token_ids(model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+def _token_ids(model: T5Encoder | ClipText, tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
     """(B, length), on the model's device."""
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     ids = tokenizer(list(texts), **options).input_ids
@@ -43,4 +45,4 @@ def _token_ids(model: nn.Module, tokenizer: Any, texts: Sequence[str], length: i
             f"The tokenizer gives token {ids.max()}, but the text encoder knows "
             f"{model.config.vocab_size}: they do not belong together. Give the right tokenizer's folder."
         )
-    return ids.to(model.device)
+    return ids.to(next(model.parameters()).device)

@@ -1,6 +1,8 @@
 """`kontext generate` as a user runs it: files, messages and exit codes."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -250,3 +252,21 @@ def test_an_unwritable_folder_is_found_at_once(generate, tmp_path):
     (tmp_path / "file").touch()
     code, said = generate("--prompt", "x", out=tmp_path / "file")
     assert code == 2 and "output folder cannot be written" in said
+
+
+SLOW_IMPORTS = """
+import sys
+from kontext.cli import main
+code = main(sys.argv[1:])
+print(code, [name for name in ("torch._dynamo", "transformers.modeling_utils", "diffusers") if name in sys.modules])
+"""
+
+
+def test_nothing_is_imported_that_takes_longer_than_torch(generate, tmp_path):
+    """The first step comes soon after the command is given: text encoders are our own, meta models draw nothing."""
+    options = [part for pair in generate.models.items() for part in map(str, pair)]
+    options += ["--device", "cpu", "--dtype", "float32", "--infer-steps", "1", "--image-size", "32", "32"]
+    options += ["--prompt", "x", "--save-path", str(tmp_path)]
+    command = [sys.executable, "-c", SLOW_IMPORTS, "generate", *options]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.split("\n")[0] == "0 []"
