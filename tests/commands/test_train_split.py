@@ -52,7 +52,6 @@ def test_two_processes_train_as_one(cached: Cached, tiny_files: TinyFiles, tmp_p
     )
 
 
-@pytest.mark.slow
 def test_two_processes_share_one_model(cached: Cached, tiny_files: TinyFiles, tmp_path: Path) -> None:
     """FSDP: the same files as one process writes, but for rounding. Its state goes on in one process."""
     there = on(with_validation(cached, tmp_path), tiny_files, tiny_files.dit_sharded)

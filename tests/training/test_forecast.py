@@ -34,7 +34,9 @@ def really_written(folder: Path, rules: SaveRules, first: int) -> tuple[int, int
         there = [10 if path.is_file() else 7 for path in folder.iterdir()]
         most = max(most, sum(there))
 
-    saver = Saver(Names(folder, "edit"), rules, PLAN, write_adapter=write, write_state=write)
+    saver = Saver(
+        Names(folder, "edit"), rules, PLAN, write_adapter=write, write_state=write, later=lambda job: job()
+    )
     for step in range(first, PLAN.steps):
         saver(Outcome(step, torch.zeros(()), torch.zeros(()), (), ()))
     saver.finish()
