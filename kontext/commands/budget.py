@@ -1,6 +1,8 @@
 """`--vram-budget`: what options leave open is chosen so that the run fits, and what is chosen is told."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from kontext.memory.choice import (
     Setup,
     Time,
     choose,
+    lightened,
     picture_time,
     possible_swaps,
     setups,
@@ -42,16 +45,16 @@ REMEDIES = {
 
 def for_training(options: Train, needs: TrainingNeeds, device: torch.device) -> Train:
     """The options with what --vram-budget chooses. Raises UserError if nothing fits."""
-    policies = POLICIES
-    if options.model_fields_set & set(RECOMPUTING):
-        policies = (values.policy(options, device),)
+    mix = values.mix(options, device)
     frozen = not train_whole.is_whole(options)
-    possible = setups(
+    possible: Iterable[Setup] = setups(
         needs.weights.config,
         swaps=_swaps(options, needs.weights.config) if frozen else [0],
         modulations=_modulations(options) if frozen and not needs.whole_modulation else [False],
-        policies=policies,
+        policies=POLICIES if _recomputes_freely(options) else (mix.policy,),
     )
+    if mix.count is not None:
+        possible = [replace(setup, count=mix.count) for setup in possible]
     return _within(options, needs, possible, step_time(needs.weights, needs.work), device)
 
 
@@ -69,20 +72,43 @@ def _within(
     time: Callable[[Setup], Time],
     device: torch.device,
 ) -> O:
-    if options.vram_budget is None:
+    asked = _asked(options)
+    if asked is None:
         return options
     if device.type != "cuda":
-        console.notice(f"--vram-budget {options.vram_budget}: on a CPU there is nothing to choose.")
+        console.notice(f"{asked}: on a CPU there is nothing to choose.")
         return options
-    budget = _bytes(options.vram_budget, device)
+    budget = _bytes(options.vram_budget or "auto", device)
     setups = list(possible)
     for strips in _strips(options, needs):
         smaller = in_strips(needs) if strips else needs
-        found = choose(setups, peak=lambda s, n=smaller: n.estimate(s).peak, time=time, budget=budget)
+        peak = partial(_peak, smaller)
+        found = choose(setups, peak=peak, time=time, budget=budget)
         if found.setup is not None:
-            _tell(options, smaller, found.setup, strips)
-            return options.model_copy(update=_chosen(options, found.setup, strips))
+            setup = found.setup
+            if _recomputes_freely(options):
+                setup = lightened(setup, needs.weights.config, peak=peak, budget=budget)
+            _tell(options, smaller, setup, strips)
+            return options.model_copy(update=_chosen(options, setup, strips))
     raise _refusal(options, smaller, setups, found)
+
+
+def _peak(needs: TrainingNeeds | PictureNeeds, setup: Setup) -> int:
+    return needs.estimate(setup).peak
+
+
+def _asked(options: Generate | Train) -> str | None:
+    """The option that asks for a choice, as it was given."""
+    if options.vram_budget is not None:
+        return f"--vram-budget {options.vram_budget}"
+    return "--checkpointing auto" if isinstance(options, Train) and options.checkpointing == "auto" else None
+
+
+def _recomputes_freely(options: Generate | Train) -> bool:
+    """Whether what blocks compute again is open."""
+    if not isinstance(options, Train):
+        return False
+    return options.checkpointing == "auto" or not options.model_fields_set & set(RECOMPUTING)
 
 
 def _bytes(words: str, device: torch.device) -> int:
@@ -91,12 +117,14 @@ def _bytes(words: str, device: torch.device) -> int:
 
 
 def _swaps(options: Generate | Train, config: TransformerConfig) -> list[Swap]:
-    if "blocks_to_swap" not in options.model_fields_set:
+    if "blocks_to_swap" not in options.model_fields_set and options.vram_budget is not None:
         return possible_swaps(config)
     return ["max" if options.blocks_to_swap == "max" else int(options.blocks_to_swap)]
 
 
 def _modulations(options: Generate | Train) -> list[bool]:
+    if options.vram_budget is None:
+        return [options.modulation == "auto"]
     return [False] if options.modulation == "resident" else [False, True]
 
 
@@ -112,9 +140,9 @@ def _chosen(options: Generate | Train, setup: Setup, strips: bool) -> dict[str, 
         "blocks_to_swap": str(setup.placement.swap),
         "modulation": "auto" if setup.placement.modulation else "resident",
     }
-    if isinstance(options, Train) and not options.model_fields_set & set(RECOMPUTING):
+    if isinstance(options, Train) and _recomputes_freely(options):
         offloaded = setup.policy == "offloaded"
-        chosen["checkpointing"] = "whole" if offloaded else setup.policy
+        chosen["checkpointing"] = "whole" if offloaded else str(setup.mix)
         chosen["gradient_checkpointing_cpu_offload"] = offloaded
     return chosen | ({"vae_tiling": "on"} if strips else {})
 
@@ -128,13 +156,13 @@ def _tell(options: Generate | Train, needs: TrainingNeeds | PictureNeeds, setup:
     if streamed:
         what.append(f"{streamed} of {config.double_blocks + config.single_blocks} blocks are streamed")
     if isinstance(options, Train) and setup.policy != "none":
-        again = "whole, with its inputs on the host" if setup.policy == "offloaded" else setup.policy
+        again = "whole, with its inputs on the host" if setup.policy == "offloaded" else str(setup.mix)
         what.append(f"--checkpointing {again}")
     if strips:
         what.append("the autoencoder works in strips")
     found = needs.estimate(setup)
     console.say(
-        f"--vram-budget {options.vram_budget}: {', '.join(what) or 'everything stays on the GPU'}. Of what fits this loses "
+        f"{_asked(options)}: {', '.join(what) or 'everything stays on the GPU'}. Of what fits this loses "
         f"the least time; the peak is estimated at {size(found.peak)}, in {found.largest.name}."
     )
 
@@ -145,6 +173,6 @@ def _refusal(
     least = min((needs.estimate(setup) for setup in setups), key=lambda estimate: estimate.peak)
     remedy = REMEDIES.get(least.largest.name, "make a smaller picture")
     return UserError(
-        f"--vram-budget {options.vram_budget}: nothing fits. The least that this takes is {size(found.smallest)}, in "
+        f"{_asked(options)}: nothing fits. The least that this takes is {size(found.smallest)}, in "
         f"{least.largest.name}: {remedy}."
     )

@@ -55,7 +55,7 @@ def run(options: Train) -> None:
     settings = values.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
     run = Run(names, network, start, batches, held, plan, team, seed)
-    if options.dry_run or options.vram_budget:
+    if options.dry_run or options.vram_budget or options.checkpointing == "auto":
         outline = train_needs.outline(options, network, batches, team, seed)
         options = budget.for_training(options, outline.needs, team.device)
         if options.dry_run:

@@ -57,11 +57,12 @@ def outline(options: Train, transformer: Transformer, network: Network, team: Te
 
 def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
     """Remake, place, recompute."""
-    policy = train_values.policy(options, runtime.device)
+    blocks = sum(1 for _ in transformer.blocks())
+    policies = train_values.mix(options, runtime.device).of(blocks)
     if not runtime.compiled:  # compilers plan themselves what to make again
-        remake_blocks(transformer, policy)
+        remake_blocks(transformer, policies)
     runtime.placement.apply(transformer, runtime.device)
-    recompute_blocks(transformer, policy)
+    recompute_blocks(transformer, policies)
 
 
 def _attached(

@@ -108,7 +108,8 @@ def _dtype(options: Train) -> torch.dtype:
 
 def asked(options: Train, team: Team) -> Setup:
     """The setup that the options ask for."""
-    return Setup(values.runtime(options, team).placement, values.policy(options, team.device))
+    mix = values.mix(options, team.device)
+    return Setup(values.runtime(options, team).placement, mix.policy, mix.count)
 
 
 def trained_sizes(

@@ -24,7 +24,7 @@ from kontext.errors import UserError
 from kontext.generation.parts import Runtime
 from kontext.generation.request import Request
 from kontext.memory.placement import Placement
-from kontext.memory.policies import Policy
+from kontext.memory.policies import Mix
 from kontext.options.train import Train
 from kontext.timesteps import Timesteps
 from kontext.training.arguments import parse_arguments
@@ -164,13 +164,15 @@ def timesteps(options: Train) -> Timesteps:
     )
 
 
-def policy(options: Train, device: torch.device) -> Policy:
-    """What every block keeps for its backward."""
+def mix(options: Train, device: torch.device) -> Mix:
+    """What the blocks keep for their backward; "auto" has been settled where there is anything to choose."""
     if options.gradient_checkpointing_cpu_offload:
         if device.type == "cpu":
             console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
-        return "offloaded"
-    return "whole" if options.gradient_checkpointing else options.checkpointing or "none"
+        return Mix("offloaded")
+    if options.gradient_checkpointing:
+        return Mix("whole")
+    return Mix() if options.checkpointing in (None, "auto") else Mix.read(options.checkpointing)
 
 
 def updates(

@@ -5,12 +5,12 @@ passes together, at next to no cost.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from kontext.memory.estimate import Work
 from kontext.memory.placement import Placement
-from kontext.memory.policies import Policy
+from kontext.memory.policies import Mix, Policy
 from kontext.memory.streaming import Swap, streamed_blocks
 from kontext.memory.weights import Weights
 from kontext.model.transformer import TransformerConfig
@@ -26,10 +26,15 @@ Time = tuple[float, int, int]
 
 @dataclass(frozen=True)
 class Setup:
-    """Where weights live, and what all blocks keep for their backward (in training)."""
+    """Where weights live, and what blocks keep for their backward (in training), as in Mix."""
 
     placement: Placement
     policy: Policy = "none"
+    count: int | None = None
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.policy, self.count)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,15 @@ def choose(
     peaks = {setup: peak(setup) for setup in setups}
     fitting = [setup for setup, needed in peaks.items() if needed <= budget]
     return Choice(min(fitting, key=time, default=None), min(peaks.values()))
+
+
+def lightened(setup: Setup, config: TransformerConfig, *, peak: Callable[[Setup], int], budget: int) -> Setup:
+    """The setup with as many blocks of the next lighter policy as still fit."""
+    if setup.policy not in ("selective", "whole"):
+        return setup
+    counts = range(1, config.double_blocks + config.single_blocks)
+    mixed = (replace(setup, count=count) for count in counts)
+    return next((fewer for fewer in mixed if peak(fewer) <= budget), setup)
 
 
 def setups(
@@ -99,7 +113,9 @@ def step_time(weights: Weights, work: Work) -> Callable[[Setup], Time]:
     def time(setup: Setup) -> Time:
         streamed, modulation = _on_host(weights, setup.placement)
         copied = 2 * streamed * OPERATIONS_PER_BYTE  # once for each direction
-        return max(plain + again[setup.policy], copied), streamed, modulation
+        policies = setup.mix.of(weights.config.double_blocks + weights.config.single_blocks)
+        repeated = sum(map(again.__getitem__, policies)) / len(policies)
+        return max(plain + repeated, copied), streamed, modulation
 
     return time
 

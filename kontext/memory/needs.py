@@ -100,7 +100,7 @@ class TrainingNeeds:
 
     def estimate(self, setup: Setup) -> Estimate:
         config = self.weights.config
-        policies = [setup.policy] * (config.double_blocks + config.single_blocks)
+        policies = setup.mix.of(config.double_blocks + config.single_blocks)
         placed = self._placed(setup)
         ahead = self.ahead if setup.placement.modulation else 1
         step = training(self.weights, placed, self.trained, self.work, policies, ahead=ahead)

@@ -147,10 +147,10 @@ class Train(
             raise ValueError("Sample pictures need --sample-prompts, the file with their prompts.")
         if self.sample_prompts is not None and None in (self.vae, self.text_encoder1, self.text_encoder2):
             raise ValueError("--sample-prompts needs --vae, --text-encoder1 and --text-encoder2 too.")
-        if self.compile and self.checkpointing == "selective":
+        if self.compile and (self.checkpointing or "").startswith("selective"):
             raise ValueError("--checkpointing selective does not go with --compile: use whole or none.")
         whole = self.gradient_checkpointing or self.gradient_checkpointing_cpu_offload
-        if whole and self.checkpointing not in (None, "whole"):
+        if whole and self.checkpointing not in (None, "auto", "whole"):
             raise ValueError(
                 f"--checkpointing {self.checkpointing} and --gradient-checkpointing say different things: leave one out."
             )

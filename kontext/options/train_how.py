@@ -173,11 +173,13 @@ class Memory(Options):
         "updates below about 0.4 % of a weight are lost to rounding.",
         default=False,
     )
-    checkpointing: Literal["none", "selective", "whole"] | None = option(
-        "What each block computes again in the backward pass, to keep less: none, only elementwise passes (nine "
-        "tensors of tokens x width are kept); selective, all but the attention (two); whole, everything (one). "
-        "By default none, or whole with --gradient-checkpointing.",
+    checkpointing: str | None = option(
+        "What blocks compute again in the backward pass, to keep less: none, only elementwise passes (nine tensors of "
+        "tokens x width are kept); selective, all but the attention (two); whole, everything (one). selective:20 is for "
+        "20 blocks, and none for the rest; whole:20 for 20, and selective for the rest. auto: as little as the GPU's free "
+        "memory allows. By default none, or whole with --gradient-checkpointing.",
         default=None,
+        pattern=r"^(none|auto|(selective|whole)(:\d+)?)$",
     )
     gradient_checkpointing: bool = option("The same as --checkpointing whole.", default=False)
     gradient_checkpointing_cpu_offload: bool = option(

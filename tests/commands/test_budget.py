@@ -14,6 +14,7 @@ from kontext.memory.choice import Setup
 from kontext.memory.estimate import Work
 from kontext.memory.needs import PictureNeeds, Pictures, TrainingNeeds
 from kontext.memory.placement import Placement
+from kontext.memory.policies import Mix
 from kontext.options.generate import Generate
 from kontext.options.train import Train
 from tests.commands.published import MODELS
@@ -46,13 +47,32 @@ def test_a_large_budget_changes_nothing() -> None:
 def test_what_is_chosen_fits(gibibytes: int, capsys: pytest.CaptureFixture[str]) -> None:
     """By the options that come out, and as it is told."""
     found = chosen(training(vram_budget=str(gibibytes)))
-    policy = "offloaded" if found["gradient_checkpointing_cpu_offload"] else found["checkpointing"]
+    mix = Mix("offloaded" if found["gradient_checkpointing_cpu_offload"] else "none")
+    if mix.policy == "none":
+        mix = Mix.read(str(found["checkpointing"]))
     swap = found["blocks_to_swap"]
     placement = Placement("max" if swap == "max" else int(str(swap)), found["modulation"] == "auto")
-    peak = TRAINING.estimate(Setup(placement, policy)).peak
+    peak = TRAINING.estimate(Setup(placement, mix.policy, mix.count)).peak
     assert peak <= gibibytes * 2**30
     told = capsys.readouterr().err
     assert f"{peak / 2**30:.2f} GiB, in a training step" in told
+
+
+def test_some_blocks_compute_less_again_where_memory_is_left() -> None:
+    """24 GiB and weights that stay: what is free goes to as many blocks as it is enough for."""
+    found = budget.for_training(training(vram_budget="24", blocks_to_swap="0"), TRAINING, CUDA)
+    mix = Mix.read(str(found.checkpointing))
+    assert mix.policy in ("selective", "whole") and mix.count is not None and 0 < mix.count < 57
+    fewer = Setup(Placement(0, True), mix.policy, mix.count - 1)
+    assert TRAINING.estimate(fewer).peak > 24 * 2**30
+
+
+def test_checkpointing_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--checkpointing auto leaves the weights where they are."""
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 30 * 10**9)
+    found = chosen(training(checkpointing="auto", blocks_to_swap="10"))
+    assert (found["blocks_to_swap"], found["modulation"]) == ("10", "auto")
+    assert str(found["checkpointing"]).startswith("selective:")
 
 
 def test_what_is_given_stays() -> None:
