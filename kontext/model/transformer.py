@@ -104,6 +104,16 @@ def modulations(linear: Callable[[Tensor], Tensor], vecs: Sequence[Tensor]) -> l
     return [linear(F.silu(vec))[:, None] for vec in vecs]
 
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, each (B, H, L, D/H)."""
+
+
+def joint_attention(txt: Heads, img: Heads, attend: Attend) -> Tensor:
+    """Of text and image over each other, text first: (B, T + L, D)."""
+    q, k, v = map(join, txt, img)
+    return attention(q, k, v, attend)
+
+
 class SelfAttention(nn.Module):
     """The projections of one stream; the attention itself runs over both."""
 
@@ -114,7 +124,7 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x: Tensor, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, pe: Tensor) -> Heads:
         """Queries and keys, normed and rotated, and values: each (B, H, L, D/H)."""
         q, k, v = rearrange(product(self.qkv, x), "B L (three H D) -> three B H L D", three=3, H=self.heads)
         return *self.norm(q, k, pe), v
@@ -160,9 +170,11 @@ class DoubleStreamBlock(nn.Module):
 
         lengths = txt.shape[1], img.shape[1]
         txt_pe, img_pe = pe.split(lengths, 2)
-        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1), img_pe)
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1), txt_pe)
-        out = attention(join(txt_q, img_q), join(txt_k, img_k), join(txt_v, img_v), self.attend)
+        out = joint_attention(
+            self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1), txt_pe),
+            self.img_attn.project(modulate(img, img_shift1, img_scale1), img_pe),
+            self.attend,
+        )
         txt_out, img_out = out.split(lengths, 1)
 
         img = projection(residual, img, img_gate1, self.img_attn.proj, img_out)
@@ -191,12 +203,16 @@ class SingleStreamBlock(nn.Module):
         """x (B, L, D), mod (B, 1, 3 D). The result is of the `wanted` tokens alone, which attend to all."""
         shift, scale, gate = mod.chunk(3, -1)
         qkv, hidden = product(self.linear1, modulate(x, shift, scale)).split(self.split, -1)
+        first, count = wanted or (0, x.shape[1])
+        out = self.attention(qkv, pe, first, count)
+        x, hidden = x.narrow(1, first, count), hidden.narrow(1, first, count)
+        return gated(x, gate, self.linear2(beside(out, hidden)))
+
+    def attention(self, qkv: Tensor, pe: Tensor, first: int, count: int) -> Tensor:
+        """Of `count` tokens over all (B, count, D). Its queries and keys are gone when the MLP needs memory."""
         q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
         q, k = self.norm(q, k, pe)
-        first, count = wanted or (0, x.shape[1])
-        x, q, hidden = x.narrow(1, first, count), q.narrow(2, first, count), hidden.narrow(1, first, count)
-        out = attention(q, k, v, self.attend)
-        return gated(x, gate, self.linear2(beside(out, hidden)))
+        return attention(q.narrow(2, first, count), k, v, self.attend)
 
 
 class FinalLayer(nn.Module):
