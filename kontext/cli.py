@@ -22,6 +22,7 @@ from kontext.options.spec import nearest
 from kontext.readahead import read_ahead
 
 MEMORY_ADVICE = {
+    "vram_budget": "--vram-budget auto",
     "fp8_scaled": "--fp8-scaled",
     "nf4": "--nf4",
     "fp8_t5": "--fp8-t5",

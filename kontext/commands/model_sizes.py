@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,13 +12,12 @@ from kontext.device import resolve_dtype
 from kontext.memory.needs import Text, Vae
 from kontext.memory.weights import Weights, weights_of
 from kontext.model.autoencoder import AutoencoderConfig
+from kontext.model.clip import ClipText
+from kontext.model.t5 import T5Encoder
 from kontext.model.transformer import TransformerConfig
 from kontext.options.generate import Generate
 from kontext.options.train import Train
 from kontext.quant import Mode, quantisable, stored_bytes
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, T5EncoderModel
 
 ONE_COPY = ("fp8", "nf4")  # forms of weights that are made plain in one step
 
@@ -51,14 +49,14 @@ def picture_models(options: Generate | Train) -> PictureModels:
     return PictureModels(autoencoder.config, _numbers(autoencoder), text)
 
 
-def text_sizes(t5: "T5EncoderModel", clip: "CLIPTextModel") -> TextSizes:
+def text_sizes(t5: T5Encoder, clip: ClipText) -> TextSizes:
     shapes = Counter(tuple(m.weight.shape) for m in t5.modules() if isinstance(m, nn.Linear))
     inside = sum(rows * columns * count for (rows, columns), count in shapes.items())
     return TextSizes(
         linears=tuple(shapes.items()),
         others=_numbers(t5) - inside + _numbers(clip),
-        heads=t5.config.num_heads,
-        width=t5.config.d_model,
+        heads=t5.config.heads,
+        width=t5.config.width,
     )
 
 

@@ -3,33 +3,40 @@
 from functools import cache
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from kontext.commands.model_sizes import PictureModels, text_sizes
 from kontext.model.autoencoder import Autoencoder
+from kontext.model.clip import ClipConfig, ClipText
+from kontext.model.t5 import T5Config, T5Encoder
 from tests.memory.test_estimate import AE
+
+T5_XXL = T5Config(
+    vocab_size=32128,
+    width=4096,
+    mlp_width=10240,
+    blocks=24,
+    heads=64,
+    head_width=64,
+    buckets=32,
+    furthest=128,
+    eps=1e-6,
+)
+CLIP_L = ClipConfig(
+    vocab_size=49408,
+    width=768,
+    mlp_width=3072,
+    layers=12,
+    heads=12,
+    length=77,
+    activation="quick_gelu",
+    eps=1e-5,
+)
 
 
 @cache
 def published() -> PictureModels:
-    t5 = T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
-    clip = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-    )
     with torch.device("meta"):
-        text = text_sizes(T5EncoderModel(t5), CLIPTextModel(clip))
+        text = text_sizes(T5Encoder(T5_XXL), ClipText(CLIP_L))
         numbers = sum(parameter.numel() for parameter in Autoencoder(AE).parameters())
     return PictureModels(AE, numbers, text)
 

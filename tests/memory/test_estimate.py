@@ -14,6 +14,7 @@ from kontext.memory.estimate import (
     decoding_picture,
     denoising,
     encoding_picture,
+    reading_text,
     training,
 )
 from kontext.memory.needs import Vae
@@ -22,6 +23,7 @@ from kontext.memory.remaking import remake_blocks
 from kontext.memory.tiling import tile
 from kontext.memory.weights import Placed, weights_of
 from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
+from kontext.model.t5 import T5Config, T5Encoder
 from kontext.model.transformer import Transformer, TransformerConfig
 from kontext.training.network import Network, build
 from tests.memory.live import Live
@@ -154,3 +156,12 @@ def test_pictures_at_full_size(direction, config, monkeypatch):
     stage = {"encode": encoding_picture, "decode": decoding_picture}[direction]
     found = stage(config, 0, pixels=1024 * 768, itemsize=2)
     assert found.device == pytest.approx(live.peak, rel=0.03)
+
+
+def test_the_worst_moment_of_reading_a_prompt():
+    """About right: beside 9.5 GB of weights it is 0.3."""
+    config = T5Config(100, 64, 160, 3, heads=4, head_width=16, buckets=32, furthest=128, eps=1e-6)
+    model, ids = T5Encoder(config).requires_grad_(False), torch.zeros(1, 256, dtype=torch.long)
+    with Live() as live, torch.no_grad():
+        model(ids)
+    assert reading_text(0, heads=4, length=256, width=64).device == pytest.approx(live.peak, rel=0.3)
