@@ -63,6 +63,7 @@ def _generate(options: Generate, crew: Processes) -> None:
         options = budget.for_pictures(options, needs, device)
         if options.dry_run:
             return generate_plan.dry_run(options, requests, sizes, needs, device)
+        writer = _writer(options, loras, crew)  # which notes what was chosen
     kontext = Kontext(model_files(options), _runtime(options), loras)
     if options.interactive:
         converse(kontext, base, writer, options.images_per_prompt)

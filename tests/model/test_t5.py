@@ -39,3 +39,13 @@ def test_hidden_states(dtype, bound):
     ours.load_state_dict(state)
     ids = torch.randint(50, (2, 40))
     assert relative_error(ours.to(dtype)(ids), expected(ids)[0]) < bound
+
+
+def test_parameters_of_the_published_model():
+    """4.76 billion: what Hugging Face shows for the encoder of google/t5-v1_1-xxl."""
+    config = T5Config(
+        vocab_size=32128, width=4096, mlp_width=10240, blocks=24, heads=64, head_width=64, buckets=32, furthest=128, eps=1e-6
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = T5Encoder(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_762_310_656
