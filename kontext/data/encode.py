@@ -1,7 +1,8 @@
-"""Fill the cache: pictures are read and resized in worker processes while the encoder works."""
+"""Fill the cache: pictures are read and resized in worker processes, and files written, while the encoder works."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,7 @@ from kontext.data.fingerprints import Stamp, make_stamp
 from kontext.data.images import Size, cover, read_bytes, read_picture, scale_pixels, to_pixels
 from kontext.data.items import Skips
 from kontext.data.masks import latent_weights, read_layers, read_mask
+from kontext.data.overlap import Result, behind, one_late
 from kontext.data.plan import Entry
 from kontext.errors import UserError
 
@@ -108,6 +110,18 @@ class Pictures(Dataset[Loaded | str]):
             return str(error)
 
 
+@dataclass(frozen=True)
+class Row:
+    """One of the latents of a batch."""
+
+    batch: Result
+    number: int
+
+    def fetched(self) -> Tensor:
+        """Latents (C, h, w) on the CPU, float32."""
+        return self.batch.fetched()[self.number].float()
+
+
 class RememberingEncoder:
     """Encodes pictures of one size in batches, and each distinct one once.
 
@@ -116,16 +130,17 @@ class RememberingEncoder:
 
     def __init__(self, encode: Callable[[Tensor], Tensor], batch_size: int) -> None:
         self.encode, self.batch_size = encode, batch_size
-        self.known: dict[tuple[str, torch.Size, tuple[str, ...]], Tensor] = {}
+        self.known: dict[tuple[str, torch.Size, tuple[str, ...]], Row] = {}
 
-    def __call__(self, pictures: Sequence[Loaded]) -> list[Tensor]:
-        """Latents (C, h, w) on the CPU, float32, one per picture."""
+    def __call__(self, pictures: Sequence[Loaded]) -> list[Row]:
+        """Latents, one per picture, perhaps still in the making."""
         new = {each.identity: each.pixels for each in pictures if each.identity not in self.known}
         by_size = sorted(new, key=lambda identity: identity[1])
         for _, same in groupby(by_size, key=lambda identity: identity[1]):
             for identities in chunks(same, self.batch_size):
                 images = scale_pixels(torch.stack([new[identity] for identity in identities]))
-                self.known.update(zip(identities, self.encode(images).float().cpu(), strict=True))
+                result = Result(self.encode(images))
+                self.known.update({identity: Row(result, i) for i, identity in enumerate(identities)})
         latents = [self.known[each.identity] for each in pictures]
         while len(self.known) > REMEMBERED:
             del self.known[next(iter(self.known))]
@@ -156,10 +171,10 @@ def encode_latents(
     """
     ordered = sorted(entries, key=lambda entry: (entry.sizes, entry.item.controls, entry.item.image))
     remembering = RememberingEncoder(encode, batch_size)
-    with_pictures = _load(ordered, workers)
-    for _, group in groupby(with_pictures, key=lambda pair: pair[0].sizes):
-        for chunk in chunks(group, batch_size):
-            yield from _encode_chunk(chunk, remembering, encoder=encoder, skips=skips)
+    by_size = groupby(_load(ordered, workers), key=lambda pair: pair[0].sizes)
+    same_size = (chunk for _, group in by_size for chunk in chunks(group, batch_size))
+    encoded = (_encode_chunk(chunk, remembering, skips) for chunk in same_size)
+    return behind(each.written(encoder) for chunk in one_late(encoded) for each in chunk)
 
 
 def _load(entries: Sequence[Entry], workers: int) -> Iterator[tuple[Entry, list[Loaded | str]]]:
@@ -175,13 +190,30 @@ def _load(entries: Sequence[Entry], workers: int) -> Iterator[tuple[Entry, list[
         yield entry, [next(pictures) for _ in entry.sources]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An entry with its pictures and their latents."""
+
+    entry: Entry
+    pictures: Sequence[Loaded]
+    latents: Sequence[Row]
+
+    def written(self, encoder: str) -> tuple[Callable[[], None], Written]:
+        """What writes its file, and what is to be told then. Waits for the latents."""
+        entry, mask = self.entry, self.pictures[0].mask
+        target, *references = (row.fetched() for row in self.latents)
+        result = Latents(target, tuple(references), mask and mask.weights)
+        stamps = tuple(each.stamp for each in self.pictures)
+        record = Record(entry.dataset, encoder, stamps, mask and mask.stamp)
+        source = str(entry.item.image)
+        write = partial(write_latents, entry.latents, result, size=entry.size, record=record, source=source)
+        named = zip(entry.sources, self.pictures, strict=True)
+        return write, Written(entry, tuple((path, note) for path, each in named for note in each.notes))
+
+
 def _encode_chunk(
-    chunk: Iterable[tuple[Entry, list[Loaded | str]]],
-    remembering: RememberingEncoder,
-    *,
-    encoder: str,
-    skips: Skips,
-) -> Iterator[Written]:
+    chunk: Iterable[tuple[Entry, list[Loaded | str]]], remembering: RememberingEncoder, skips: Skips
+) -> list[Encoded]:
     ready: list[tuple[Entry, list[Loaded]]] = []
     for entry, pictures in chunk:
         failed = [each for each in pictures if isinstance(each, str)]
@@ -190,15 +222,7 @@ def _encode_chunk(
         else:
             ready.append((entry, [each for each in pictures if isinstance(each, Loaded)]))
     latents = iter(remembering([each for _, pictures in ready for each in pictures]))
-    for entry, pictures in ready:
-        target, *references = (next(latents) for _ in pictures)
-        mask = pictures[0].mask
-        stamps = tuple(each.stamp for each in pictures)
-        record = Record(entry.dataset, encoder, stamps, mask and mask.stamp)
-        result = Latents(target, tuple(references), mask and mask.weights)
-        write_latents(entry.latents, result, size=entry.size, record=record, source=str(entry.item.image))
-        named = zip(entry.sources, pictures, strict=True)
-        yield Written(entry, tuple((path, note) for path, each in named for note in each.notes))
+    return [Encoded(entry, pictures, [next(latents) for _ in pictures]) for entry, pictures in ready]
 
 
 def encode_texts(
@@ -217,19 +241,31 @@ def encode_texts(
     for entry in entries:
         for caption in entry.item.captions:
             owners.setdefault(caption, []).append(entry)
+    encoded = (
+        (captions, list(map(Result, encode(list(captions))))) for captions in chunks(owners, batch_size)
+    )
+    return behind(_ready_texts(entries, owners, one_late(encoded), encoder))
+
+
+def _ready_texts(
+    entries: Sequence[Entry],
+    owners: Mapping[str, Sequence[Entry]],
+    encoded: Iterable[tuple[Sequence[str], Sequence[Result]]],
+    encoder: str,
+) -> Iterator[tuple[Callable[[], None], Entry]]:
+    """What writes the file of each entry, as soon as all of its captions are encoded."""
     known: dict[str, Text] = {}
     wanted = {caption: len(by) for caption, by in owners.items()}  # by entries that are not written yet
     missing = {entry: len(entry.item.captions) for entry in entries}
-    for captions in chunks(owners, batch_size):
-        txt, vector = (each.cpu() for each in encode(list(captions)))
-        known.update(zip(captions, map(Text, txt, vector), strict=True))
+    for captions, results in encoded:
+        known.update(zip(captions, map(Text, *(result.fetched() for result in results)), strict=True))
         for entry in (entry for caption in captions for entry in owners[caption]):
             missing[entry] -= 1
             if missing[entry]:
                 continue
             texts = {caption: known[caption] for caption in entry.item.captions}
-            write_text(entry.text, texts, record=Record(entry.dataset, encoder), source=str(entry.item.image))
-            yield entry
+            record, source = Record(entry.dataset, encoder), str(entry.item.image)
+            yield partial(write_text, entry.text, texts, record=record, source=source), entry
             for caption in texts:
                 wanted[caption] -= 1
                 if not wanted[caption]:

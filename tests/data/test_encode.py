@@ -114,7 +114,7 @@ def test_the_memory_is_bounded() -> None:
     ]
     latents = remembering(loaded)
     assert len(remembering.known) == REMEMBERED
-    assert [round(float((each[0, 0, 0] + 1) * 127.5)) for each in latents] == [
+    assert [round(float((each.fetched()[0, 0, 0] + 1) * 127.5)) for each in latents] == [
         i % 256 for i in range(REMEMBERED + 40)
     ]
 
