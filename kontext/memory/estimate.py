@@ -17,8 +17,8 @@ CONTEXT = 500_000_000  # CUDA's own code and buffers
 FLOAT32 = 4
 IN_FLIGHT = 2  # checkpoints on their way to or from the host
 # Live at the worst moment beside what blocks keep, in units, for FLUX's MLP of four times the model's width. In a
-# forward pass: two streams, linear1's 7, q, k and the attention's output, the MLP's 4, and 5 joined for linear2.
-FORWARD_UNITS = 23
+# forward pass: the stream and what it began as, linear1's 7, the attention's output, the MLP's 4, and 5 for linear2.
+FORWARD_UNITS = 21
 BACKWARD_UNITS: dict[Policy, int] = {"none": 18, "selective": 26, "whole": 26, "offloaded": 26}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kontext.commands import generate_plan, train_needs
 from kontext.commands.models import placement
-from kontext.commands.train_values import policy
+from kontext.commands.train_values import mix
 from kontext.memory.choice import Setup
 from kontext.memory.estimate import Estimate, Trained
 from kontext.memory.needs import Pictures
@@ -44,7 +44,8 @@ def estimates(path: Path) -> tuple[Estimate, str]:
         needs = train_needs.needs(
             options, REAL, rank_32, MEGAPIXEL, device=CUDA, pictures=PICTURES, models=MODELS
         )
-        return needs.estimate(Setup(placement(options, CUDA), policy(options, CUDA))), text
+        asked = mix(options, CUDA)
+        return needs.estimate(Setup(placement(options, CUDA), asked.policy, asked.count)), text
     options = resolve(Generate, {"config_file": str(path), "prompt": "x"})
     assert isinstance(options, Generate)
     needed = generate_plan.needs(options, REAL, MODELS, PICTURES, device=CUDA)
