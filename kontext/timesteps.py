@@ -134,15 +134,22 @@ def distribution(settings: Timesteps, tokens: int) -> tuple[Part, ...]:
 
 def evaluate(parts: Sequence[Part], u: Tensor) -> Tensor:
     """Levels of u (B,): u picks a part by the parts' weights, and its rest the place within that part."""
+    if len(parts) == 1:
+        return _within(parts[0], u)
     t = torch.empty_like(u)
     start = 0.0
     for i, part in enumerate(parts):
         end = start + part.weight
         here = (u >= start) & ((u < end) | (i == len(parts) - 1))
-        inner = ((u[here] - start) / max(part.weight, EPSILON)).clamp(EPSILON, 1 - EPSILON)
-        t[here] = part.quantile(part.low + inner * (part.high - part.low))
+        t[here] = _within(part, u[here] - start)
         start = end
     return t
+
+
+def _within(part: Part, u: Tensor) -> Tensor:
+    """Levels of u (B,) in 0..part.weight."""
+    inner = (u / max(part.weight, EPSILON)).clamp(EPSILON, 1 - EPSILON)
+    return part.quantile(part.low + inner * (part.high - part.low))
 
 
 def levels(settings: Timesteps, u: Tensor, tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ from kontext.training.arguments import Value
 
 # name: (class, arguments that differ from the class's own defaults)
 OPTIMIZERS: dict[str, tuple[str, dict[str, Value]]] = {
-    "adamw": ("torch.optim.AdamW", {}),
+    "adamw": ("torch.optim.AdamW", {"fused": True}),  # several times as fast, with no copies of gradients
     "adamw8bit": ("bitsandbytes.optim.AdamW8bit", {}),
     "pagedadamw8bit": ("bitsandbytes.optim.PagedAdamW8bit", {}),
     "lion8bit": ("bitsandbytes.optim.Lion8bit", {}),
@@ -67,7 +67,7 @@ def make_optimizer(
         )
     try:
         made = optimizer([dict(group) for group in groups], **{**own, **arguments})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         known = [key for key in inspect.signature(optimizer).parameters if key != "params"]
         raise UserError(f"--optimizer-args: {error}. {name} takes {', '.join(known)}.") from error
     if hasattr(made, "train"):

@@ -47,7 +47,7 @@ class Session:
     """Everything that a run is made of.
 
     settings: what a run that goes on from its states must have in common with it; adapter: called with a path and the
-    steps done, copies the weights for a job that writes them; held: what is validated with; weights: as in Validation.
+    steps done, copies the weights for a job that writes them; log: None for no logs; held: what is validated with; weights: as in Validation.
     """
 
     team: Team
@@ -64,7 +64,7 @@ class Session:
     weights: Callable[[], AbstractContextManager[None]]
     previews: Previews | None
     held: Held | None
-    log: Log
+    log: Log | None
     journal: Journal
 
     def run(self) -> None:
@@ -91,7 +91,8 @@ class Session:
                 record=self.journal.step,
                 last_state=lambda: saver.last_state,
                 notes=self.start.progress.notes,
-                scaled=self.updates.scaler.is_enabled(),
+                norm=lambda: self.team.norm([p.detach() for p in self.updates.parameters.values()]),
+                scale=self.updates.scaler.get_scale if self.updates.scaler.is_enabled() else None,
             )
             validation = self._validation(monitor, writer)
             saver = self._saver(monitor, validation, writer)

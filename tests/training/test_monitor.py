@@ -17,9 +17,11 @@ from kontext.training.team import Team
 class Line:
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.counts: list[int] = []
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.notes.append(note)
+        self.counts.append(count)
 
 
 def outcome(step: int, *losses: float) -> Outcome:
@@ -37,6 +39,7 @@ def monitor(
     made = Monitor(
         Plan(4, 1, 1, 8), Team(Accelerator(cpu=True)), line, log=lambda values, step: logged.append((step, values)),
         record=lambda *_: None, last_state=lambda: last_state, notes=notes or {},
+        norm=lambda: torch.tensor(3.0),
     )  # fmt: skip
     return made, line, logged
 
@@ -82,8 +85,50 @@ def test_a_gradient_that_is_no_number_ends_the_run_too() -> None:
 
 def test_with_a_scaled_loss_an_infinite_gradient_is_normal() -> None:
     watching, _, _ = monitor()
-    watching.scaled = True
+    watching.scale = lambda: 65536.0
     watching(replace(outcome(2, 1.0), norm=torch.tensor(float("inf"))))
+
+
+def test_a_loss_scale_that_stays_low_ends_the_run() -> None:
+    """Each step overflows and halves the scale: 2^16 at step 1, below 1 from step 18 on."""
+    watching, _, _ = monitor(Path("out/a-state"))
+    watching.log = None
+    scales = iter([2.0**power for power in range(16, -20, -1)])
+    watching.scale = lambda: next(scales)
+    with pytest.raises(
+        UserError, match="scale of float16 has fallen to 0.00098 by step 27.*out/a-state.*--dtype bfloat16"
+    ):
+        for step in range(40):
+            watching(replace(outcome(step, 1.0), norm=torch.tensor(float("inf"))))
+
+
+def test_a_loss_scale_that_recovers_is_well() -> None:
+    watching, _, _ = monitor()
+    watching.log = None
+    scales = iter([0.5] * 9 + [2.0] + [0.5] * 9)
+    watching.scale = lambda: next(scales)
+    for step in range(19):
+        watching(outcome(step, 1.0))
+
+
+def test_all_that_is_promised_is_logged() -> None:
+    watching, _, logged = monitor()
+    for step in range(3):
+        watching(outcome(step, 1.0, 1.0))
+    watching.validated(3, 0.25)
+    names = {"loss/current", "loss/average", "grad_norm", "lr/group0", "adapter_norm"}
+    assert set(logged[0][1]) == names
+    assert set(logged[1][1]) == names | {"images_per_second", "memory_gb"}
+    assert logged[1][1]["adapter_norm"] == 3.0 and 0.01 < logged[1][1]["memory_gb"] < 100
+    assert logged[-1] == (3, {"loss/validation": 0.25})
+
+
+def test_the_line_is_renewed_a_few_times_a_second_and_counts_every_step() -> None:
+    watching, line, _ = monitor()
+    for step in range(8):
+        watching(outcome(step, 1.0))
+    watching.flush()
+    assert sum(line.counts) == 8 and len(line.notes) < 8
 
 
 class Pair(Team):
