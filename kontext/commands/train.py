@@ -1,6 +1,7 @@
 """`kontext train`: from cached batches to a LoRA file."""
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import randbits
@@ -26,7 +27,9 @@ from kontext.data.batches import Batches
 from kontext.errors import UserError
 from kontext.generation.pipeline import Kontext
 from kontext.options.train import Train
+from kontext.training.advice import Settings, advice
 from kontext.training.feed import Examples
+from kontext.training.loop import Updates
 from kontext.training.names import Names
 from kontext.training.objective import Objective
 from kontext.training.optimizers import evaluation_weights
@@ -35,7 +38,7 @@ from kontext.training.previews import Previews, Sample, prepare
 from kontext.training.prompts import read_sample_prompts
 from kontext.training.session import Session, Start
 from kontext.training.state import Progress, changed_settings, latest_state, read_progress
-from kontext.training.trained import Trained
+from kontext.training.trained import Adapters, Trained
 
 
 def run(options: Train) -> None:
@@ -72,9 +75,11 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
     samples = _samples(options, kontext, seed)
     transformer, trained, team = train_model.model(options, kontext, run.network, run.team, seed)
     updates = values.updates(options, run.network, trained.parameters, plan, team.device)
+    modules = trained.adapters if isinstance(trained, Adapters) else {}
+    updates = replace(updates, limit=train_network.limit(options, run.network, modules, updates.optimizer))
     average = train_average.average(options, updates)
     start.load(updates, team, average)
-    _introduce(plan, batches, trained)
+    _introduce(plan, batches, trained, updates)
 
     weights = partial(evaluation_weights, updates.optimizer, list(updates.parameters.values()))
     export = train_export.export(
@@ -176,8 +181,12 @@ def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
     return prepare(kontext, requests)
 
 
-def _introduce(plan: Plan, batches: Batches, trained: Trained) -> None:
+def _introduce(plan: Plan, batches: Batches, trained: Trained, updates: Updates) -> None:
+    """Says what is going to be trained, and what of it is known to be useless."""
     console.say(
         f"Training {trained.count:,} parameters in {trained.modules} modules: {batches.items_per_epoch} items in {plan.batches} "
         f"batches an epoch, {plan.steps} steps over {plan.epochs} epochs."
     )
+    modules = trained.adapters if isinstance(trained, Adapters) else {}
+    for sentence in advice(Settings(type(updates.optimizer).__name__, updates.rates, modules)):
+        console.notice(sentence)

@@ -1,9 +1,14 @@
 """What the options of `kontext train` say about the network, and about weights to start from."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch.optim import Optimizer
 
 from kontext.errors import UserError
 from kontext.generation.parts import Loras
+from kontext.lora.limit import Limit
+from kontext.lora.linear import AdapterLinear
 from kontext.options.train import Train
 from kontext.training.arguments import parse_arguments
 from kontext.training.network import Network, network_of
@@ -20,6 +25,25 @@ def network(options: Train) -> Network:
     return network_of(
         options.network_dim, options.network_alpha, options.network_dropout, arguments, options.network_module
     )
+
+
+def limit(
+    options: Train, network: Network, modules: Mapping[str, AdapterLinear], optimizer: Optimizer
+) -> Limit | None:
+    """The limit that --scale-weight-norms sets. Raises UserError where there is nothing to be scaled."""
+    if options.scale_weight_norms is None:
+        return None
+    if network.kind == "dora":
+        raise UserError(
+            "--scale-weight-norms: a DoRA learns the lengths of a weight's rows, and adds nothing to it whose norm could be "
+            "limited. Leave it out, or leave out dora of --network-args."
+        )
+    if hasattr(optimizer, "eval"):
+        raise UserError(
+            f"--scale-weight-norms: {options.optimizer_type} keeps two sets of weights, of which only one would be "
+            "scaled. Take another optimizer."
+        )
+    return Limit(modules, options.scale_weight_norms)
 
 
 def base_loras(options: Train) -> Loras:

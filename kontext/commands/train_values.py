@@ -45,7 +45,7 @@ COURSE = (
     "min_timestep", "max_timestep", "preserve_distribution_shape", "num_timestep_buckets", "guidance_scale",
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps",
     "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio",
-    "max_grad_norm", "fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4",
+    "max_grad_norm", "scale_weight_norms", "fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4",
 )  # fmt: skip
 # Of these and the other settings, those without which a state means nothing.
 FIXED = (

@@ -144,6 +144,12 @@ class Optimization(Options):
         lt=1,
     )
     max_grad_norm: float = option("Gradients are clipped to this norm; 0: not at all.", default=1.0, ge=0)
+    scale_weight_norms: float | None = option(
+        "Max-norm regularisation: after every step, scale the factors of each module of the LoRA, LoHa or LoKr such that "
+        "what it adds to its weight has at most this norm (1 is a good start).",
+        default=None,
+        gt=0,
+    )
 
 
 class Length(Options):

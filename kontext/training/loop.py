@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from kontext.lora.limit import Limit
 from kontext.training.ahead import Pass, prepared
 from kontext.training.feed import Example
 from kontext.training.objective import Objective
@@ -68,13 +69,17 @@ Listener = Callable[[Outcome], None]
 
 @dataclass(frozen=True)
 class Updates:
-    """How gradients change the parameters: optimizer, learning rate per parameter group, clipping, loss scale."""
+    """How gradients change the parameters: optimizer, learning rate per parameter group, clipping, loss scale.
+
+    limit: on the norms of the adapters' changes, kept after every step.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: Optimizer
     rates: Sequence[LearningRate]
     max_norm: float
     scaler: GradScaler
+    limit: Limit | None = None
 
     def set_rates(self, step: int) -> tuple[float, ...]:
         """Puts the learning rates of `step` into the optimizer."""
@@ -92,6 +97,8 @@ class Updates:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.limit is not None:
+            self.limit()
         return norm
 
 

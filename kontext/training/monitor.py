@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kontext import console
 from kontext.device import memory_used
@@ -96,10 +95,10 @@ class Monitor:
         record: Record,
         last_state: Callable[[], Path | None],
         notes: Mapping[str, Any],
-        norm: Callable[[], Tensor],
+        measures: Callable[[], Mapping[str, float]],
         scale: Callable[[], float] | None = None,
     ) -> None:
-        """norm: of what is trained; scale: of the loss, if it is scaled for float16, where a step with an infinite
+        """measures: of the weights as they are now, for the logs; scale: of the loss, if it is scaled for float16, where a step with an infinite
         gradient is left out and harmless.
         """
         self.plan = plan
@@ -108,7 +107,7 @@ class Monitor:
         self.log = log
         self.record = record
         self.last_state = last_state
-        self.norm = norm
+        self.measures = measures
         self.scale = scale
         self.collapsed = 0
         self.smoothed = Smoothed(**notes)
@@ -195,7 +194,7 @@ class Monitor:
 
     def _state(self) -> dict[str, float]:
         """What is known of now alone, and not of steps that are read late."""
-        values = {"adapter_norm": self.norm().item()}
+        values = dict(self.measures())
         if self.gauge.memory:
             values |= {"images_per_second": self.gauge.speed, "memory_gb": self.gauge.memory}
         return values | ({"loss_scale": self.scale()} if self.scale else {})

@@ -91,7 +91,7 @@ class Session:
                 record=self.journal.step,
                 last_state=lambda: saver.last_state,
                 notes=self.start.progress.notes,
-                norm=lambda: self.team.norm([p.detach() for p in self.updates.parameters.values()]),
+                measures=self._measures,
                 scale=self.updates.scaler.get_scale if self.updates.scaler.is_enabled() else None,
             )
             validation = self._validation(monitor, writer)
@@ -103,6 +103,11 @@ class Session:
             self._train(self._listeners(interrupts, monitor, validation, saver, writer))
             monitor.flush()
         return saver
+
+    def _measures(self) -> dict[str, float]:
+        weights = [parameter.detach() for parameter in self.updates.parameters.values()]
+        limit = self.updates.limit
+        return {"adapter_norm": self.team.norm(weights).item(), **(limit.measures() if limit else {})}
 
     def _validation(self, monitor: Monitor, writer: Writer) -> Validation | None:
         def tell(done: int, loss: float) -> None:

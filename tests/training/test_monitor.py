@@ -39,7 +39,7 @@ def monitor(
     made = Monitor(
         Plan(4, 1, 1, 8), Team(Accelerator(cpu=True)), line, log=lambda values, step: logged.append((step, values)),
         record=lambda *_: None, last_state=lambda: last_state, notes=notes or {},
-        norm=lambda: torch.tensor(3.0),
+        measures=lambda: {"adapter_norm": 3.0},
     )  # fmt: skip
     return made, line, logged
 
