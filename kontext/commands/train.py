@@ -11,6 +11,7 @@ from kontext import console
 from kontext.commands import (
     budget,
     train_average,
+    train_course,
     train_data,
     train_export,
     train_model,
@@ -55,7 +56,7 @@ def run(options: Train) -> None:
         return show_timesteps(options, batches, names)
     held = train_data.held(options, names)
     plan = values.plan(options, len(batches.sizes(0)), team.size)
-    settings = values.course(options, batches, plan, seed)
+    settings = train_course.course(options, batches, plan, seed)
     _check_same(start, settings, plan)
     run = Run(names, network, start, batches, held, plan, team, seed)
     if options.dry_run or options.vram_budget or options.checkpointing == "auto":
@@ -161,7 +162,7 @@ def _check_same(start: Start, settings: dict[str, object], plan: Plan) -> None:
         )
     changed = changed_settings(start.progress.settings, settings)
     told = {name: f"{name} was {before}, now {now}" for name, (before, now) in changed.items()}
-    if fixed := [words for name, words in told.items() if name in values.FIXED]:
+    if fixed := [words for name, words in told.items() if name in train_course.FIXED]:
         raise UserError(
             f"--resume {start.folder}: {', '.join(fixed)}. Give the same values, or begin a new run from the "
             "adapter with --network-weights."

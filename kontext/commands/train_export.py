@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from torch.optim import Optimizer
 
-from kontext.commands import train_network, train_whole
+from kontext.commands import train_course, train_network, train_whole
 from kontext.commands import train_values as values
 from kontext.data.batches import Batches
 from kontext.data.config import load_datasets
@@ -64,7 +64,9 @@ def _facts(options: Train, batches: Batches, plan: Plan, seed: int, optimizer: O
     entries = [entry for group in batches.groups for entry in group.entries]
     with_references = {entry.latents.parent for entry in entries if entry.references}
     kind = type(optimizer)
-    session = hashlib.sha256(json.dumps(values.course(options, batches, plan, seed), sort_keys=True).encode())
+    session = hashlib.sha256(
+        json.dumps(train_course.course(options, batches, plan, seed), sort_keys=True).encode()
+    )
     return Facts(
         items=batches.items_per_epoch,
         batches=plan.batches,

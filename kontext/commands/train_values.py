@@ -1,13 +1,10 @@
 """What the options of `kontext train` mean in the values that training takes."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +13,8 @@ from torch import nn
 from torch.amp import GradScaler
 
 from kontext import console
-from kontext.commands import train_network, train_whole
+from kontext.commands import train_whole
 from kontext.commands.models import model_runtime
-from kontext.data.batches import Batches
 from kontext.device import resolve_device
 from kontext.errors import UserError
 from kontext.generation.parts import Runtime
@@ -38,20 +34,6 @@ from kontext.training.saving import Keep, SaveRules
 from kontext.training.schedules import LearningRate
 from kontext.training.team import Team
 
-# Options that change the course of training: a run goes on from a state as if never stopped only with the same values.
-COURSE = (
-    "network_module", "network_dim", "network_alpha", "network_dropout", "network_args", "timestep_sampling",
-    "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
-    "min_timestep", "max_timestep", "preserve_distribution_shape", "num_timestep_buckets", "guidance_scale",
-    "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps",
-    "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio",
-    "max_grad_norm", "scale_weight_norms", "fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4",
-)  # fmt: skip
-# Of these and the other settings, those without which a state means nothing.
-FIXED = (
-    "network_module", "network_dim", "network_alpha", "network_args", "optimizer_type", "optimizer_args", "seed",
-    "batches per step", "dataset",
-)  # fmt: skip
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 MIXED_NAMES = {long: short for short, long in MIXED.items()}
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -109,26 +91,6 @@ def plan(options: Train, batches: int, processes: int) -> Plan:
     epochs = options.max_train_epochs
     steps = epochs * one.steps_per_epoch if epochs else options.max_train_steps
     return Plan(batches, options.gradient_accumulation_steps, processes, steps)
-
-
-def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str, Any]:
-    """All that decides how training goes, by the user's names for it."""
-    entries = [
-        (entry.item.key, entry.sizes, group.batch_size, group.repeats)
-        for group in batches.groups
-        for entry in group.entries
-    ]
-    return {
-        **{name: getattr(options, name) for name in COURSE},
-        **train_network.beginnings(options),
-        **({"ema_decay": options.ema_decay} if options.ema_decay else {}),
-        **({"full_bf16": True} if options.full_bf16 else {}),
-        "seed": seed,
-        "dtype": precision(options),
-        "dit": options.dit.name,
-        "batches per step": plan.per_step,
-        "dataset": hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16],
-    }
 
 
 def runtime(options: Train, team: Team) -> Runtime:

@@ -118,6 +118,17 @@ def test_resuming_with_other_settings(
     assert "learning_rate was 0.001, now 0.002: the run goes on" in capsys.readouterr().err
 
 
+def test_resuming_with_another_dropout_of_references(
+    cached: Cached, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "d.toml"
+    config.write_text(cached.config.read_text() + "control_dropout_rate = 0.5\n")
+    line = words(cached, tmp_path, f"--network-dropout 0.1 --resume {made}/edit-state --max-train-steps 4")
+    assert main([str(config) if word == str(cached.config) else word for word in line]) == 0
+    told = "caption and reference dropout was [[0.0, 0.0]], now [[0.0, 0.5]]: the run goes on"
+    assert told in capsys.readouterr().err
+
+
 def test_a_torn_state_is_ignored_for_the_one_before(cached: Cached, made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
@@ -150,13 +161,19 @@ def test_samples_change_nothing_and_are_drawn(
     assert first.size == later.size and first.tobytes() != later.tobytes()
 
 
-def test_tensorboard_reads_the_logs(made: Path) -> None:
+def logged(folder: Path, name: str) -> list[float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = made.glob("logs/*/kontext/events*")
+    (events,) = folder.glob("logs/*/kontext/events*")
     log = EventAccumulator(str(events))
     log.Reload()
     assert [event.step for event in log.Scalars("loss/current")] == [1, 2, 3]
+    return [event.value for event in log.Scalars(name)]
+
+
+def test_tensorboard_reads_the_logs(made: Path) -> None:
+    assert len(logged(made, "grad_norm")) == 3 and min(logged(made, "adapter_norm")) > 0
+    assert logged(made, "lr/group0") == pytest.approx([1e-3] * 3)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
@@ -168,6 +185,26 @@ def test_a_loss_that_is_no_number_ends_the_run(
     told = capsys.readouterr().err
     assert "The loss became" in told and "timestep" in told and "edit-step00000001-state" in told
     assert not (tmp_path / "edit.safetensors").exists()
+
+
+def test_norms_are_limited_and_useless_settings_told(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = 1e-3
+    settings = f"--max-train-steps 3 --learning-rate 0.02 --network-alpha 2 --scale-weight-norms {most}"
+    assert train(cached, tmp_path, f"{settings} --logging-dir {tmp_path}/logs") == 0
+    assert "learning rate of 0.02" in capsys.readouterr().err
+    tensors = load_file(tmp_path / "edit.safetensors")
+    norms = [
+        (0.5 * up @ tensors[name.replace("lora_up", "lora_down")]).norm()
+        for name, up in tensors.items()
+        if "lora_up" in name
+    ]
+    assert max(norms) == pytest.approx(most, rel=1e-4) and len(norms) == 20
+    assert logged(tmp_path, "max_norm/keys_scaled")[-1] == 20
+    dora = "--max-train-steps 1 --network-args dora=true --scale-weight-norms 1"
+    assert train(cached, tmp_path / "dora", dora) == 2
+    assert "a DoRA learns the lengths" in capsys.readouterr().err
 
 
 def test_an_average_is_saved_beside_and_changes_nothing(cached: Cached, made: Path, tmp_path: Path) -> None:
