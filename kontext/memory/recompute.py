@@ -11,39 +11,26 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from kontext.memory.copier import Copier
+from kontext.memory.offloading import Shelf
 from kontext.memory.policies import Policies, places
 from kontext.model.transformer import Transformer
-
-Packed = tuple[torch.device, Tensor]
 
 recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 """True while a block runs, for the first or the second time, that will run again before its backward."""
 
 
-def to_host(tensor: Tensor) -> Packed:
-    """Moves a tensor of a GPU to pinned host memory, in order with the work queued on the GPU."""
-    if not tensor.is_cuda:
-        return tensor.device, tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return tensor.device, host.copy_(tensor, non_blocking=True)
-
-
-def from_host(packed: Packed) -> Tensor:
-    device, tensor = packed
-    return tensor.to(device, non_blocking=True)
-
-
 class Recomputed(nn.Module):
     """A transformer block that keeps nothing but its inputs for the backward pass.
 
-    With `offload` the token streams among these wait in host memory. Gradients equal those of the plain block;
+    With a `shelf` the token streams among these wait in host memory. Gradients equal those of the plain block;
     dropout draws the same numbers again.
     """
 
-    def __init__(self, block: nn.Module, *, offload: bool = False) -> None:
+    def __init__(self, block: nn.Module, *, shelf: Shelf | None = None) -> None:
         super().__init__()
         self.block = block
-        self.offload = offload
+        self.shelf = shelf
 
     @property
     def modulation(self) -> nn.Module:
@@ -59,7 +46,7 @@ class Recomputed(nn.Module):
             return checkpoint(partial(_call, block, mod, pe), *streams, use_reentrant=False)
 
     def _storage(self) -> AbstractContextManager[object]:
-        return saved_tensors_hooks(to_host, from_host) if self.offload else nullcontext()
+        return saved_tensors_hooks(self.shelf.pack, self.shelf.unpack) if self.shelf else nullcontext()
 
 
 def _call(
@@ -78,8 +65,14 @@ def _marked() -> Iterator[None]:
         recomputing.reset(token)
 
 
-def recompute_blocks(model: Transformer, policies: Policies = "whole") -> None:
-    """Wraps the blocks of `model` that are recomputed whole. Attach adapters before: module names change."""
+def recompute_blocks(
+    model: Transformer, policies: Policies = "whole", *, copier: Copier | None = None
+) -> None:
+    """Wraps the blocks of `model` that are recomputed whole. Attach adapters before: module names change.
+
+    copier: of what is offloaded, see `Shelf`.
+    """
+    shelf = Shelf(copier)
     for blocks, i, policy in places(model, policies):
         if policy in ("whole", "offloaded"):
-            blocks[i] = Recomputed(blocks[i], offload=policy == "offloaded")
+            blocks[i] = Recomputed(blocks[i], shelf=shelf if policy == "offloaded" else None)

@@ -11,14 +11,14 @@ keep instead, and fetches the block again.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kontext.memory.copier import copier_of
 from kontext.memory.modulation import HostModulation
 from kontext.memory.pinned import pinned
 from kontext.memory.recompute import recomputing
@@ -90,57 +90,13 @@ class Slab:
             getattr(piece.module, piece.name).data = piece.view(memory)
 
 
-class Copier(Protocol):
-    """Copies ahead of the computation."""
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        """Begin to copy, after all computation that was asked for so far."""
-
-    def wait(self, target: Tensor) -> None:
-        """Let the computation that follows see the copy into `target` finished."""
-
-
-class CudaCopier:
-    """Copies on a CUDA stream of its own; nothing waits on the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.copied: dict[int, torch.cuda.Event] = {}
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(target.device))
-        with torch.cuda.stream(self.stream):
-            target[: source.numel()].copy_(source, non_blocking=True)
-            self.copied[target.data_ptr()] = self.stream.record_event()
-
-    def wait(self, target: Tensor) -> None:
-        torch.cuda.current_stream(target.device).wait_event(self.copied[target.data_ptr()])
-
-
-class ThreadCopier:
-    """The same contract on the CPU, in a thread."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="kontext-stream")
-        self.copied: dict[int, Future] = {}
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        self.copied[target.data_ptr()] = self.pool.submit(self.copy, target, source)
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target[: source.numel()].copy_(source)
-
-    def wait(self, target: Tensor) -> None:
-        self.copied[target.data_ptr()].result()
-
-
 class Ring:
     """Slots on the device that hold the block in use and those ahead of it."""
 
     def __init__(self, slabs: Sequence[Slab], device: torch.device, *, slots: int = 2) -> None:
         assert slots >= 2
         self.slabs = slabs
-        self.copier: Copier = CudaCopier(device) if device.type == "cuda" else ThreadCopier()
+        self.copier = copier_of(device)
         size = max(slab.memory.numel() for slab in slabs)
         self.slots = [
             torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(slabs)))

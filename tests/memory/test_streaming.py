@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kontext.checkpoints import load_transformer
+from kontext.memory.copier import ThreadCopier
 from kontext.memory.recompute import recompute_blocks
-from kontext.memory.streaming import Slab, Streamed, ThreadCopier, stream_blocks, streamed_indices
+from kontext.memory.streaming import Slab, Streamed, stream_blocks, streamed_indices
 from kontext.model.transformer import Transformer, TransformerConfig
 from kontext.quant import FP8, supported
 from tests import tiny
