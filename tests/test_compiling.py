@@ -13,6 +13,7 @@ from kontext.compiling import compile_blocks
 from kontext.errors import UserError
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.streaming import stream_blocks
+from kontext.model.attention import rope
 from kontext.model.transformer import Transformer
 from kontext.training.network import Network, build
 from tests import tiny
@@ -38,6 +39,20 @@ def forward(model: Transformer, tokens: int) -> Tensor:
     return model(img, ids, txt, torch.zeros(1, 7, 3), t, vector, t)
 
 
+@torch.no_grad()
+def test_one_graph_serves_blocks_of_all_sizes() -> None:
+    blocks = list(make_transformer().single_blocks)
+    compile_blocks(torch.nn.ModuleList(blocks), CPU, backend="aot_eager")
+    graphs = set()
+    for tokens, block in zip((24, 40, 33), (*blocks, blocks[0]), strict=True):
+        x, mod = torch.randn(1, tokens, CONFIG.width), torch.randn(1, 1, 3 * CONFIG.width)
+        pe = rope(torch.rand(1, tokens, 3), CONFIG.axes, CONFIG.theta)
+        torch.testing.assert_close(block(x, mod, pe), block.forward(x, mod, pe), rtol=1e-5, atol=1e-5)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert graphs == {1} and not counters["graph_break"]
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_serves_all_blocks_of_a_kind_and_all_sizes() -> None:
     model = make_transformer()
