@@ -3,6 +3,8 @@
 B batch, L tokens, D width, H heads.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,10 +12,12 @@ from torch import Tensor, nn
 from kontext.model.attention import rotate
 from kontext.model.remade import remade
 
+EPSILON = 1e-6
+
 
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
 
 
 @remade
@@ -52,4 +56,38 @@ def beside(out: Tensor, hidden: Tensor) -> Tensor:
 @remade
 def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
-    return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6), pe)
+    if torch.compiler.is_compiling():
+        return _turn(x, scale, pe)
+    return _Turned.apply(x, scale, pe)
+
+
+def _turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+    return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPSILON), pe)
+
+
+class _Turned(torch.autograd.Function):
+    """`_turn`, which keeps x alone. Where the norm is not one kernel, autograd keeps float32 copies of what is between.
+
+    With n = r x, r = 1 / sqrt(mean(x^2) + eps), and h the gradient at n: the gradient at x is r (h - n mean(h n)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, pe)
+        return _turn(x, scale, pe)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, pe = ctx.saved_tensors
+        values = x.float()
+        rate = values.square().mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
+        normed = values * rate
+        turned_back = rotate(gradient.float(), pe.conj())
+        for_scale = None
+        if ctx.needs_input_grad[1]:
+            for_scale = (turned_back * normed).flatten(0, -2).sum(0).to(scale.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, for_scale, None
+        h = turned_back.mul_(scale)
+        common = (h * normed).mean(-1, keepdim=True)
+        return h.addcmul_(normed, common, value=-1).mul_(rate).to(x.dtype), for_scale, None

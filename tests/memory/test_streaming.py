@@ -2,6 +2,7 @@
 
 import random
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -104,12 +105,11 @@ def saved_tensors(node, seen=None):
     seen.add(node)
     for name in dir(node):
         if name.startswith("_raw_saved_"):
-            try:
-                value = getattr(node, name).data
-            except RuntimeError:
-                continue
-            if isinstance(value, torch.Tensor):
-                yield value
+            kept = getattr(node, name)
+            for value in kept if isinstance(kept, tuple) else (kept,):
+                with suppress(RuntimeError):
+                    if isinstance(value.data, torch.Tensor):
+                        yield value.data
     for parent, _ in node.next_functions:
         yield from saved_tensors(parent, seen)
 
