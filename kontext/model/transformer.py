@@ -203,16 +203,16 @@ class SingleStreamBlock(nn.Module):
         """x (B, L, D), mod (B, 1, 3 D). The result is of the `wanted` tokens alone, which attend to all."""
         shift, scale, gate = mod.chunk(3, -1)
         qkv, hidden = product(self.linear1, modulate(x, shift, scale)).split(self.split, -1)
-        first, count = wanted or (0, x.shape[1])
-        out = self.attention(qkv, pe, first, count)
-        x, hidden = x.narrow(1, first, count), hidden.narrow(1, first, count)
+        out = self.attention(qkv, pe, wanted)
+        if wanted is not None:
+            x, hidden = x.narrow(1, *wanted), hidden.narrow(1, *wanted)
         return gated(x, gate, self.linear2(beside(out, hidden)))
 
-    def attention(self, qkv: Tensor, pe: Tensor, first: int, count: int) -> Tensor:
-        """Of `count` tokens over all (B, count, D). Its queries and keys are gone when the MLP needs memory."""
+    def attention(self, qkv: Tensor, pe: Tensor, wanted: Span | None) -> Tensor:
+        """Of the wanted tokens over all. Its queries and keys are gone when the MLP needs memory."""
         q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
         q, k = self.norm(q, k, pe)
-        return attention(q.narrow(2, first, count), k, v, self.attend)
+        return attention(q if wanted is None else q.narrow(2, *wanted), k, v, self.attend)
 
 
 class FinalLayer(nn.Module):
