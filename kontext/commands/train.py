@@ -14,6 +14,8 @@ from kontext.commands import (
     train_course,
     train_data,
     train_export,
+    train_hub,
+    train_logs,
     train_model,
     train_needs,
     train_network,
@@ -48,7 +50,7 @@ def run(options: Train) -> None:
     names = train_whole.names(options)
     network = train_network.network(options)
     _check_writable(options.output_dir)
-    start = _start(options.resume, names)
+    start = _start(train_hub.fetched_state(options), names)
     seed = _seed(options.seed, start)
     team = values.team(options)
     batches = train_data.batches(options, seed)
@@ -86,6 +88,7 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
     export = train_export.export(
         options, trained, batches, plan, seed=seed, optimizer=updates.optimizer, weights=weights
     )
+    log = train_logs.log(options, team)
     kept = journal(options, run.names, plan, start, seed=seed, team=team)
     drawn = Previews(
         kontext,
@@ -95,9 +98,9 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
         team=team,
         weights=weights,
         names=run.names,
-        drawn=kept.samples,
+        drawn=train_logs.pictures(team, kept.samples),
     )
-    Session(
+    session = Session(
         team=team,
         examples=Examples(batches, plan, seed=seed, buckets=options.num_timestep_buckets),
         workers=options.max_data_loader_n_workers,
@@ -112,9 +115,11 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
         weights=weights,
         previews=drawn if samples else None,
         held=run.held,
-        log=values.log(options, team),
+        log=log,
         journal=kept,
-    ).run()
+    )
+    with train_hub.uploads(options, team) as uploads:
+        replace(session, written=train_hub.written(options, run.names, uploads)).run()
 
 
 def _check_writable(folder: Path) -> None:

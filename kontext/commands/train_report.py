@@ -1,8 +1,8 @@
 """What `kontext train` tells its report."""
 
-import re
 from typing import Any
 
+from kontext.options.base import without_secrets
 from kontext.options.train import Train
 from kontext.training.journal import HISTORY, REPORT, Journal
 from kontext.training.names import Names
@@ -11,8 +11,6 @@ from kontext.training.previews import FOLDER
 from kontext.training.report import About, Setting, versions
 from kontext.training.session import Start
 from kontext.training.team import Team
-
-SECRET = re.compile(r"(^|_)(token|secret|password|key)s?(_|$)")  # names of options that are never shown
 
 
 def journal(options: Train, names: Names, plan: Plan, start: Start, *, seed: int, team: Team) -> Journal:
@@ -36,12 +34,11 @@ def journal(options: Train, names: Names, plan: Plan, start: Start, *, seed: int
 
 def settings(options: Train, seed: int) -> tuple[Setting, ...]:
     """All options by their names on the command line, but for secrets; `seed` as it was chosen."""
-    values = options.model_dump() | {"seed": seed}
+    values = without_secrets(options) | {"seed": seed}
     given = options.model_fields_set
     return tuple(
         Setting("--" + name.replace("_", "-"), _words(value), name in given or name == "seed")
         for name, value in values.items()
-        if not SECRET.search(name)
     )
 
 

@@ -3,8 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
-from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +11,9 @@ from torch import nn
 from torch.amp import GradScaler
 
 from kontext import console
-from kontext.commands import train_whole
+from kontext.commands import train_logs, train_whole
 from kontext.commands.models import model_runtime
 from kontext.device import resolve_device
-from kontext.errors import UserError
 from kontext.generation.parts import Runtime
 from kontext.generation.request import Request
 from kontext.memory.placement import Placement
@@ -25,7 +22,6 @@ from kontext.options.train import Train
 from kontext.timesteps import Timesteps
 from kontext.training.arguments import parse_arguments
 from kontext.training.loop import Updates
-from kontext.training.monitor import Log
 from kontext.training.network import Network, groups_of
 from kontext.training.optimizers import make_optimizer
 from kontext.training.plan import Plan
@@ -36,7 +32,6 @@ from kontext.training.team import Team
 
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 MIXED_NAMES = {long: short for short, long in MIXED.items()}
-TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 def precision(options: Train) -> str:
@@ -54,35 +49,14 @@ def team(options: Train) -> Team:
     device = resolve_device(options.device)
     if device.index is not None:
         torch.cuda.set_device(device)
-    tracker = _tracker(options)
-    folder = None
-    if tracker and options.logging_dir:
-        folder = options.logging_dir / f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}"
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # see `training.split`: accelerate is not to do it
         accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # precision is chosen module by module, not by autocast
-            log_with=tracker,
-            project_dir=folder,
+            log_with=train_logs.trackers(options) or None,
+            project_dir=train_logs.folder(options),
         )
     return Team(accelerator)
-
-
-def _tracker(options: Train) -> str | None:
-    tracker = options.log_with or ("tensorboard" if options.logging_dir else None)
-    if tracker and not any(find_spec(package) for package in TRACKERS[tracker]):
-        raise UserError(f"--log-with {tracker} needs the package {tracker}: pip install {tracker}")
-    return tracker
-
-
-def log(options: Train, team: Team) -> Log | None:
-    """Where values are logged to: nowhere unless logs are asked for."""
-    if _tracker(options) is None:
-        return None
-    team.accelerator.init_trackers(
-        "kontext", config={name: str(v) for name, v in options.model_dump().items()}
-    )
-    return lambda values, step: team.accelerator.log(dict(values), step=step)
 
 
 def plan(options: Train, batches: int, processes: int) -> Plan:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_core import PydanticUndefined
 
 from kontext.errors import UserError
@@ -72,6 +72,17 @@ def optional(group: type[Options], name: str) -> Any:
     field = group.model_fields[name]
     assert field.description is not None and isinstance(field.json_schema_extra, dict)
     return option(field.description, default=None, **field.json_schema_extra)  # type: ignore[arg-type]
+
+
+def without_secrets(options: Options) -> dict[str, Any]:
+    """The options by name, but for tokens and keys: what may be shown, logged or written."""
+    return {name: value for name, value in options.model_dump().items() if not isinstance(value, SecretStr)}
+
+
+def secret_values(options: Options) -> list[str]:
+    """The tokens and keys among the options."""
+    values = (getattr(options, name) for name in type(options).model_fields)
+    return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
 
 
 def flag_name(name: str) -> str:

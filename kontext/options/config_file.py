@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext.errors import UserError
-from kontext.options.base import Options
+from kontext.options.base import Options, without_secrets
 from kontext.options.spec import Meaning, names, nearest, specs
 
 
@@ -31,11 +31,12 @@ def read(path: Path, model: type[Options]) -> dict[str, tuple[str, Any]]:
 
 
 def render(options: Options) -> str:
-    """The options as TOML, a comment per group; an option without a value has no line."""
+    """The options as TOML, a comment per group; an option without a value has no line, nor has a token or key."""
+    values = without_secrets(options)
     shown = [
         spec
         for spec in specs(type(options))
-        if not spec.command_line_only and getattr(options, spec.name) is not None
+        if not spec.command_line_only and values.get(spec.name) is not None
     ]
     blocks = []
     for panel, group in groupby(shown, key=lambda spec: spec.panel):

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from kontext.options.base import Options, flag_name
 
-NOUNS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
-METAVARS = {int: "integer", float: "number", str: "text", Path: "path", bool: "true|false"}
+NOUNS = {
+    int: "a whole number", float: "a number", str: "text", SecretStr: "text", Path: "a path", bool: "true or false",
+}  # fmt: skip
+METAVARS = {
+    int: "integer", float: "number", str: "text", SecretStr: "text", Path: "path", bool: "true|false",
+}  # fmt: skip
 BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 
 

@@ -1,13 +1,14 @@
 """Options of `kontext train`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
 
 from kontext.options.base import Options, option
 from kontext.options.shared import Common, DatasetFile, Dit, Encoders, Planning, Precision, Swapping, Vae
 from kontext.options.train_how import Length, Memory, Network, Noise, Optimization
+from kontext.options.train_out import Logs, Metadata, Upload
 
 
 def _float(value: Any) -> Any:
@@ -73,41 +74,6 @@ class Validating(Options):
     )
 
 
-class Logs(Options):
-    """Logs"""
-
-    logging_dir: Path | None = option("Folder for logs; given alone it means TensorBoard.", default=None)
-    log_with: Literal["tensorboard"] | None = option("Write logs for this program.", default=None)
-    log_prefix: str = option("Put before the name of the log folder, which is the time.", default="")
-    no_report: bool = option(
-        "Leave out the report of the run, <output-name>.html, and its history, <output-name>.history.jsonl.",
-        default=False,
-    )
-
-
-class Metadata(Options):
-    """Metadata"""
-
-    training_comment: str | None = option("A remark that is written into the LoRA file.", default=None)
-    no_metadata: bool = option(
-        "Leave training settings out of the LoRA file, but for what programs need to read it.", default=False
-    )
-    metadata_time: bool = option(
-        "Write the times of training into the LoRA file. Two equal runs then differ in these.", default=False
-    )
-    metadata_title: str | None = option("Title. Without it: the output name.", default=None)
-    metadata_author: str | None = option("Author.", default=None)
-    metadata_description: str | None = option("Description.", default=None)
-    metadata_license: str | None = option("License.", default=None)
-    metadata_tags: str | None = option("Tags, separated by commas.", default=None)
-    metadata_reso: str | None = option(
-        "Resolution as WIDTHxHEIGHT. Without it: that of the dataset.", default=None
-    )
-    metadata_arch: str | None = option(
-        "Architecture. Without it: flux-1-dev/lora, or flux-1-dev with --network-module none.", default=None
-    )
-
-
 class Train(
     Saving,
     Network,
@@ -119,6 +85,7 @@ class Train(
     Validating,
     Logs,
     Metadata,
+    Upload,
     DatasetFile,
     Dit,
     Swapping,
@@ -139,8 +106,10 @@ class Train(
     def _consistent(self) -> Self:
         if self.min_timestep >= self.max_timestep:
             raise ValueError("--min-timestep must be less than --max-timestep.")
-        if self.log_with and self.logging_dir is None:
-            raise ValueError("--log-with needs --logging-dir, the folder to write to.")
+        if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
+            raise ValueError(f"--log-with {self.log_with} needs --logging-dir, the folder to write to.")
+        if self.resume_from_huggingface and self.resume is None:
+            raise ValueError("--resume-from-huggingface needs --resume OWNER/NAME/PATH[:REVISION[:TYPE]].")
         if (self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first) and (
             self.sample_prompts is None
         ):

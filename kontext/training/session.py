@@ -42,12 +42,16 @@ class Start:
             updates.scaler.load_state_dict(dict(self.progress.scaler))
 
 
+def _unheard(path: Path) -> None:
+    """Nobody wants to know of a file."""
+
+
 @dataclass(frozen=True)
 class Session:
     """Everything that a run is made of.
 
     settings: what a run that goes on from its states must have in common with it; adapter: called with a path and the
-    steps done, copies the weights for a job that writes them; log: None for no logs; held: what is validated with; weights: as in Validation.
+    steps done, copies the weights for a job that writes them; written: is called with weights and states that have been written; log: None for no logs; held: what is validated with; weights: as in Validation.
     """
 
     team: Team
@@ -66,6 +70,7 @@ class Session:
     held: Held | None
     log: Log | None
     journal: Journal
+    written: Callable[[Path], None] = _unheard
 
     def run(self) -> None:
         """Trains to the end of the plan and saves.
@@ -109,6 +114,20 @@ class Session:
         limit = self.updates.limit
         return {"adapter_norm": self.team.norm(weights).item(), **(limit.measures() if limit else {})}
 
+    def _save(self, writer: Writer) -> Callable[[Path, int], None]:
+        """What has weights written after so many steps."""
+
+        def save(path: Path, done: int) -> None:
+            job = self.adapter(path, done)
+
+            def write() -> None:
+                job()
+                self.written(path)
+
+            writer.submit(write)
+
+        return save
+
     def _validation(self, monitor: Monitor, writer: Writer) -> Validation | None:
         def tell(done: int, loss: float) -> None:
             monitor.validated(done, loss)
@@ -120,7 +139,7 @@ class Session:
             plan=self.examples.plan,
             team=self.team,
             weights=self.weights,
-            write_adapter=lambda path, done: writer.submit(self.adapter(path, done)),
+            write_adapter=self._save(writer),
             tell=tell,
             best=self.start.progress.best,
         )
@@ -139,12 +158,13 @@ class Session:
                 shares=self.team.shares,
                 writes=self.team.leads,
             )
+            self.written(folder)
 
         return Saver(
             self.names,
             self.rules,
             self.examples.plan,
-            write_adapter=lambda path, done: writer.submit(self.adapter(path, done)),
+            write_adapter=self._save(writer),
             write_state=write_state,
             later=writer.submit if self.team.leads else lambda job: None,
             last_state=self.start.folder,
@@ -161,7 +181,8 @@ class Session:
         """In this order: what a loss that is no number stops must not have been saved, and states know the best loss."""
 
         def flush(outcome: Outcome) -> None:
-            if saver.due(outcome.step):
+            drawn = self.previews and self.previews.rhythm.label(outcome.step, self.examples.plan)
+            if saver.due(outcome.step) or drawn:  # logs take no step after a later one
                 monitor.flush()
                 self.journal.flush()
 
