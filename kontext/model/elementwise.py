@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kontext.model.attention import rotate
@@ -53,6 +54,33 @@ def beside(out: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)
 
 
+def split_heads(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (B, L, 3 width + rest) as queries, keys and values, each (B, H, L, D), and the rest (B, L, rest): views."""
+    return _split(x, heads, width) if torch.compiler.is_compiling() else _Split.apply(x, heads, width)
+
+
+def _split(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv, rest = x.split((3 * width, x.shape[-1] - 3 * width), -1)
+    q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=heads)
+    return q, k, v, rest
+
+
+class _Split(torch.autograd.Function):
+    """`_split`, whose backward writes each gradient once, to where it belongs in that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.shape, ctx.heads, ctx.width = x.shape, heads, width
+        return _split(x, heads, width)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        whole = gradients[0].new_empty(ctx.shape)
+        for part, gradient in zip(_split(whole, ctx.heads, ctx.width), gradients, strict=True):
+            part.copy_(gradient)
+        return whole, None, None
+
+
 @remade
 def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
@@ -80,7 +108,8 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale, pe = ctx.saved_tensors
         values = x.float()
-        rate = values.square().mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
+        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        rate = (norm.square_() / values.shape[-1]).add_(EPSILON).rsqrt_()
         normed = values * rate
         turned_back = rotate(gradient.float(), pe.conj())
         for_scale = None

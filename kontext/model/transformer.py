@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from kontext.model.attention import Attend, attention, rope, sdpa
-from kontext.model.elementwise import beside, gated, gelu, join, modulate, residual, turned
+from kontext.model.elementwise import beside, gated, gelu, join, modulate, residual, split_heads, turned
 from kontext.model.remade import product, projection
 
 Span = tuple[int, int]
@@ -126,7 +125,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, pe: Tensor) -> Heads:
         """Queries and keys, normed and rotated, and values: each (B, H, L, D/H)."""
-        q, k, v = rearrange(product(self.qkv, x), "B L (three H D) -> three B H L D", three=3, H=self.heads)
+        q, k, v, _ = split_heads(product(self.qkv, x), self.heads, x.shape[-1])
         return *self.norm(q, k, pe), v
 
 
@@ -191,8 +190,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         width, hidden = config.width, config.mlp_width
-        self.heads = config.heads
-        self.split = (3 * width, hidden)
+        self.heads, self.width = config.heads, width
         self.linear1 = nn.Linear(width, 3 * width + hidden)
         self.linear2 = nn.Linear(width + hidden, width)
         self.norm = QKNorm(width // config.heads)
@@ -202,17 +200,19 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, mod: Tensor, pe: Tensor, *, wanted: Span | None = None) -> Tensor:
         """x (B, L, D), mod (B, 1, 3 D). The result is of the `wanted` tokens alone, which attend to all."""
         shift, scale, gate = mod.chunk(3, -1)
-        qkv, hidden = product(self.linear1, modulate(x, shift, scale)).split(self.split, -1)
-        out = self.attention(qkv, pe, wanted)
+        out, hidden = self.attention(product(self.linear1, modulate(x, shift, scale)), pe, wanted)
         if wanted is not None:
             x, hidden = x.narrow(1, *wanted), hidden.narrow(1, *wanted)
         return gated(x, gate, self.linear2(beside(out, hidden)))
 
-    def attention(self, qkv: Tensor, pe: Tensor, wanted: Span | None) -> Tensor:
-        """Of the wanted tokens over all. Its queries and keys are gone when the MLP needs memory."""
-        q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=self.heads)
+    def attention(self, x: Tensor, pe: Tensor, wanted: Span | None) -> tuple[Tensor, Tensor]:
+        """Of the wanted tokens over all, and what the MLP goes on with, from what `linear1` made.
+
+        Queries and keys are gone when the MLP needs memory.
+        """
+        q, k, v, hidden = split_heads(x, self.heads, self.width)
         q, k = self.norm(q, k, pe)
-        return attention(q if wanted is None else q.narrow(2, *wanted), k, v, self.attend)
+        return attention(q if wanted is None else q.narrow(2, *wanted), k, v, self.attend), hidden
 
 
 class FinalLayer(nn.Module):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch.autograd.graph import saved_tensors_hooks
 
 from kontext.model.attention import rope, rotate
-from kontext.model.elementwise import turned
+from kontext.model.elementwise import split_heads, turned
 
 
 def plain(x: torch.Tensor, scale: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
@@ -39,3 +40,16 @@ def test_only_the_input_is_kept() -> None:
         turned(x, torch.ones(16), rope(torch.zeros(1, 9, 3), (4, 6, 6), 1e4))
     large = [tensor for tensor in kept if tensor.numel() >= x.numel()]
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("rest", [0, 5])
+def test_heads_are_split_in_both_directions(rest: int) -> None:
+    x = torch.randn(2, 3, 24 + rest, requires_grad=True)
+    parts = split_heads(x, 2, 8)
+    assert all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts)
+    qkv, hidden = x.split((24, rest), -1)
+    expected = (*rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=2), hidden)
+    weights = [torch.randn_like(part) for part in expected]
+    found = torch.autograd.grad(sum((w * p).sum() for w, p in zip(weights, parts, strict=True)), x)
+    plain = torch.autograd.grad(sum((w * p).sum() for w, p in zip(weights, expected, strict=True)), x)
+    assert all(map(torch.equal, parts, expected)) and torch.equal(*found, *plain)
