@@ -134,8 +134,8 @@ class Previews:
         transformer.train(training)
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
         pictures = [
-            self.kontext.finish(sample.conditioned.framed, latent)
-            for sample, latent in zip(self.samples, latents, strict=True)
+            self.kontext.finish(self.samples[number].conditioned.framed, latent)
+            for number, latent in zip(mine, latents, strict=True)
         ]
         autoencoder.cpu()
         return dict(zip(mine, pictures, strict=True))

@@ -192,7 +192,7 @@ def test_loading_needs_little_more_than_the_model(large_file, mode):
     peak, kept = map(float, out.split())
     size = large_file.stat().st_size / 2**20
     assert size > 150
-    assert peak < kept + 40, f"peak {peak:.0f} MB for a model of {kept:.0f} MB"
+    assert peak < kept + 60, f"peak {peak:.0f} MB for a model of {kept:.0f} MB"
 
 
 def test_on_the_cpu_tensors_share_the_file(tiny_files):
