@@ -1,7 +1,8 @@
 """A LoRA training step against diffusers + peft: `python examples/benchmarks/train.py`.
 
 Forward, loss, backward and optimizer step, with the same weights, inputs and rank, with and without gradient
-checkpointing on both sides, and each side as its users run it: ours without, theirs with. "Kept" is what autograd
+checkpointing on both sides, and each side as its users run it: ours without, theirs with. The optimizer is AdamW: ours
+as `kontext train` makes it, theirs as diffusers' training scripts do. "Kept" is what autograd
 keeps between forward and backward, every piece of storage counted once; "peak" the most that a step allocates at
 one time.
 
@@ -9,7 +10,7 @@ Options: --large (width 512, 2,560 tokens) instead of the small size, --rounds n
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,11 +19,13 @@ from models import Inputs, transformer_pair
 from paired import header, paired
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from kontext.lora.adapter import attach
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.remaking import remake_blocks
+from kontext.training.optimizers import make_optimizer
 
 RANK = 16
 TARGETS = (
@@ -35,9 +38,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def step_of(forward: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> Callable[[], float]:
+def step_of(forward: Callable[[], Tensor], optimizer: Optimizer) -> Callable[[], float]:
     """One training step: mean squared velocity as the loss."""
-    optimizer = torch.optim.AdamW(list(parameters), lr=1e-4)
 
     def step() -> float:
         loss = forward().float().square().mean()
@@ -112,9 +114,10 @@ def measure(sizes: dict[str, int], policy: Policy, *, side: int, rounds: int, de
         kept_megabytes(lambda: inputs.ours(ours), ours),
         kept_megabytes(lambda: inputs.theirs(theirs), theirs),
     ]
+    groups = [{"params": trainable(ours), "lr": 1e-4}]
     steps = [
-        step_of(lambda: inputs.ours(ours), trainable(ours)),
-        step_of(lambda: inputs.theirs(theirs), trainable(theirs)),
+        step_of(lambda: inputs.ours(ours), make_optimizer("adamw", groups, arguments={})),
+        step_of(lambda: inputs.theirs(theirs), torch.optim.AdamW(trainable(theirs), lr=1e-4)),
     ]
     for step in steps:
         step()  # the optimizers' state is not the step's
