@@ -6,7 +6,8 @@ another order each time, and leaves a file of an unknown name behind when it is 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,21 +35,28 @@ def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     Tensors may be of any device and stride.
     """
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name in ordered:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    shapes = ((name, tensors[name].dtype, tensors[name].shape) for name in ordered)
+    head, _ = header(shapes, dict(sorted(metadata.items())))
+    yield head
     for name in ordered:
         yield raw(tensors[name])
+
+
+def header(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """What comes before tensors of these names, types and shapes, and the place in the file where each begins."""
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        offsets = [starts[name], end]
+        described[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}
 
 
 def raw(tensor: Tensor) -> memoryview:

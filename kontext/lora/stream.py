@@ -1,11 +1,6 @@
-"""safetensors files too large for memory: rows of tensors are read when they are wanted, and written where they belong.
-
-The format: 8 bytes with the header's length (little endian), a JSON header of names, types, shapes and
-offsets, then the bytes of all tensors without gaps.
-"""
+"""safetensors files too large for memory: rows of tensors are read when they are wanted, and written where they belong."""
 
 import errno
-import json
 import math
 import os
 import sys
@@ -17,11 +12,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from kontext.checkpoints.source import DTYPES, Entry
+from kontext.checkpoints.source import Entry
+from kontext.tensors import header, raw
 
 CHUNK = 1 << 24  # bytes copied at a time
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NO_DIRECT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -54,7 +49,8 @@ def read(entry: Entry) -> Tensor:
 
 def read_rows(entry: Entry, row: int, into: Tensor) -> None:
     """Fill `into` (rows, ...), contiguous and of the tensor's type, with its rows from `row` on."""
-    left = _bytes(into)
+    assert into.is_contiguous()  # else a copy of it would be filled
+    left = raw(into)
     with open(entry.file, "rb", buffering=0) as file:
         file.seek(entry.start + row * row_bytes(entry))
         while left:
@@ -71,28 +67,19 @@ class Writer:
 
     def __init__(self, path: Path, specs: Iterable[Spec], metadata: Mapping[str, str]) -> None:
         self.path = path
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._specs: dict[str, Spec] = {}
-        self._start: dict[str, int] = {}
-        end = 0
-        for spec in sorted(specs, key=lambda s: -s.dtype.itemsize):
-            self._specs[spec.key] = spec
-            self._start[spec.key], end = end, end + spec.bytes
-            offsets = [self._start[spec.key], end]
-            header[spec.key] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
-        text = json.dumps(header, ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
+        ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+        self._specs = {spec.key: spec for spec in ordered}
+        head, self._start = header(((spec.key, spec.dtype, spec.shape) for spec in ordered), metadata)
         with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(self._data + end)
+            file.write(head)
+            file.truncate(len(head) + sum(spec.bytes for spec in ordered))
 
     def put(self, key: str, tensor: Tensor, row: int = 0) -> None:
         """Write rows of a tensor, from `row` on."""
         spec = self._specs[key]
         assert (tensor.dtype, tuple(tensor.shape[1:])) == (spec.dtype, spec.shape[1:]), key
         assert row + (len(tensor) if tensor.ndim else 1) <= (spec.shape or (1,))[0], key
-        left, place = _bytes(tensor.detach().cpu().contiguous()), self._place(key, row)
+        left, place = raw(tensor), self._place(key, row)
         size = len(left)
         with open(self.path, "rb+", buffering=0) as file:
             file.seek(place)
@@ -111,11 +98,7 @@ class Writer:
             _begin_flushing(new, self._place(key, row), left)
 
     def _place(self, key: str, row: int) -> int:
-        return self._data + self._start[key] + row * row_bytes(self._specs[key])
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        return self._start[key] + row * row_bytes(self._specs[key])
 
 
 def _begin_flushing(file: BinaryIO, start: int, size: int) -> None:
