@@ -13,7 +13,7 @@ from card import Run, budget, clear, peak, seconds, small_card
 from files import config_of, used, write_base
 from giants import Picture, Setup, ours, random_weights
 from torch import Tensor
-from train import step_of, trainable
+from train import our_optimizer, step_of
 
 from kontext.checkpoints import load_transformer
 from kontext.lora.adapter import targets
@@ -53,7 +53,7 @@ class Task:
             return torch.no_grad()(picture.step(placed))
         mods = picture.modulations(placed) if self.setup.placement.modulation else None
         forward: Callable[[], Tensor] = lambda: picture.velocity(placed, mods) - picture.reference  # noqa: E731
-        return step_of(forward, trainable(placed.train()))
+        return step_of(forward, our_optimizer(placed.train()))
 
     def model(self) -> Transformer:
         """What is streamed never lies on the device as a whole."""

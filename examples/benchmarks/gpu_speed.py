@@ -12,7 +12,7 @@ from giants import Picture, Setup, Weights, ours, rounded, theirs
 from paired import Paired, paired, relative_error
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
-from train import TARGETS, step_of, trainable
+from train import TARGETS, our_optimizer, peer_optimizer, step_of, trainable
 
 from kontext.compiling import compile_blocks
 from kontext.memory.choice import operations
@@ -101,7 +101,7 @@ def _step(bench: Bench, weights: Weights, sizes: Sizes, setup: Setup, mode: str 
     model = ours(sizes.config, weights)
     model = setup.apply(rounded(model, mode) if mode else model, bench.device).train()
     picture = Picture.random(sizes, bench.device, bench.dtype)
-    return step_of(lambda: picture.velocity(model) - picture.reference, trainable(model))
+    return step_of(lambda: picture.velocity(model) - picture.reference, our_optimizer(model))
 
 
 def _peer_step(bench: Bench, weights: Weights) -> tuple[Run, str]:
@@ -111,7 +111,7 @@ def _peer_step(bench: Bench, weights: Weights) -> tuple[Run, str]:
     picture = Picture.random(bench.sizes, bench.device, bench.dtype)
     dtype = str(trainable(model)[0].dtype).removeprefix("torch.")
     forward, target = picture.peer(model), pack(picture.reference)
-    return step_of(lambda: forward() - target, trainable(model)), dtype
+    return step_of(lambda: forward() - target, peer_optimizer(model)), dtype
 
 
 @torch.no_grad()

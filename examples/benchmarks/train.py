@@ -38,6 +38,14 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def our_optimizer(model: nn.Module) -> Optimizer:
+    return make_optimizer("adamw", [{"params": trainable(model), "lr": 1e-4}], arguments={})
+
+
+def peer_optimizer(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=1e-4)
+
+
 def step_of(forward: Callable[[], Tensor], optimizer: Optimizer) -> Callable[[], float]:
     """One training step: mean squared velocity as the loss."""
 
@@ -114,10 +122,9 @@ def measure(sizes: dict[str, int], policy: Policy, *, side: int, rounds: int, de
         kept_megabytes(lambda: inputs.ours(ours), ours),
         kept_megabytes(lambda: inputs.theirs(theirs), theirs),
     ]
-    groups = [{"params": trainable(ours), "lr": 1e-4}]
     steps = [
-        step_of(lambda: inputs.ours(ours), make_optimizer("adamw", groups, arguments={})),
-        step_of(lambda: inputs.theirs(theirs), torch.optim.AdamW(trainable(theirs), lr=1e-4)),
+        step_of(lambda: inputs.ours(ours), our_optimizer(ours)),
+        step_of(lambda: inputs.theirs(theirs), peer_optimizer(theirs)),
     ]
     for step in steps:
         step()  # the optimizers' state is not the step's
