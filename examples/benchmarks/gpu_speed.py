@@ -7,8 +7,9 @@ from itertools import islice
 import torch
 from bench import Bench, Line
 from card import Run, Sizes, clear, fits, peak, seconds
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from giants import Picture, Setup, Weights, ours, rounded, theirs
+from models import diffusers_autoencoder
 from paired import Paired, paired, relative_error
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
@@ -166,7 +167,7 @@ def encoders(bench: Bench) -> Iterator[Line]:
     """G12, without decoding files: the autoencoder and T5 as caching uses them."""
     edge, width = (1024, 128) if not bench.quick else (64, 32)
     images = torch.rand(1, 3, edge, edge, device=bench.device) * 2 - 1
-    peer = _diffusers_autoencoder(width).to(bench.device)
+    peer = diffusers_autoencoder(width).to(bench.device)
     encoding = {}
     for dtype in (torch.float32, torch.bfloat16) if not bench.quick else (torch.float32,):
         mine = Autoencoder(AutoencoderConfig(3, width, (1, 2, 4, 4), 2, 16, 0.3611, 0.1159))
@@ -190,18 +191,6 @@ def encoders(bench: Bench) -> Iterator[Line]:
     yield Line("G12", "T5-XXL, 16 captions of 512 tokens", text)
     pairs = 1 / (2 * min(encoding.values()) + text / 16)
     yield Line("G12", "pairs with caption a second, of the encoders alone", pairs, "1/s", aim="12 to 20")
-
-
-def _diffusers_autoencoder(width: int) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-        layers_per_block=2,
-        latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
 
 
 def _text_seconds(bench: Bench) -> float:

@@ -39,7 +39,15 @@ def transformer_pair(
 def autoencoder_pair(*, width: int) -> tuple[Autoencoder, AutoencoderKL]:
     """A FLUX autoencoder with levels of 1, 2, 4 and 4 times `width`: ours and diffusers'."""
     torch.manual_seed(0)
-    theirs = AutoencoderKL(
+    theirs = diffusers_autoencoder(width)
+    with tempfile.TemporaryDirectory() as folder:
+        file = saved(theirs, Path(folder))
+        return load_autoencoder(file, device="cpu", dtype=torch.float32), theirs
+
+
+def diffusers_autoencoder(width: int) -> AutoencoderKL:
+    """diffusers', with random weights."""
+    return AutoencoderKL(
         block_out_channels=(width, 2 * width, 4 * width, 4 * width),
         layers_per_block=2,
         latent_channels=16,
@@ -47,10 +55,7 @@ def autoencoder_pair(*, width: int) -> tuple[Autoencoder, AutoencoderKL]:
         up_block_types=("UpDecoderBlock2D",) * 4,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        file = saved(theirs.eval(), Path(folder))
-        return load_autoencoder(file, device="cpu", dtype=torch.float32), theirs
+    ).eval()
 
 
 def saved(model: nn.Module, folder: Path) -> Path:
