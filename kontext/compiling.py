@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kontext.errors import UserError
-from kontext.model.transformer import DoubleStreamBlock, SingleStreamBlock
+from kontext.model.blocks import DoubleStreamBlock, SingleStreamBlock
 
 GRAPHS = 64  # adapters of different ranks, and steps with and without gradients, have graphs of their own
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kontext.memory.pinned import pinned
-from kontext.model.transformer import Modulation, Transformer, modulations
+from kontext.model.blocks import Modulation, modulations
+from kontext.model.transformer import Transformer
 
 EMBEDDERS = ("time_in", "guidance_in", "vector_in")
 

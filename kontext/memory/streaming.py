@@ -22,7 +22,8 @@ from kontext.memory.copier import copier_of
 from kontext.memory.modulation import HostModulation
 from kontext.memory.pinned import pinned
 from kontext.memory.recompute import recomputing
-from kontext.model.transformer import Modulation, Transformer
+from kontext.model.blocks import Modulation
+from kontext.model.transformer import Transformer
 
 ALIGNMENT = 256
 

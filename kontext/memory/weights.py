@@ -8,7 +8,8 @@ from torch import nn
 
 from kontext.memory.placement import Placement
 from kontext.memory.streaming import ALIGNMENT, streamed_blocks
-from kontext.model.transformer import Modulation, Transformer, TransformerConfig
+from kontext.model.blocks import Modulation
+from kontext.model.transformer import Transformer, TransformerConfig
 
 LinearBytes = Callable[[int, int], int]
 """Bytes of the weight (out, in) of a block's linear as it is kept."""

@@ -43,9 +43,9 @@ def gelu(x: Tensor) -> Tensor:
 
 
 @remade
-def join(first: Tensor, second: Tensor) -> Tensor:
-    """Tokens (B, H, L, D) of both streams in one sequence."""
-    return torch.cat((first, second), 2)
+def join(first: Tensor, second: Tensor, axis: int = 2) -> Tensor:
+    """Tokens of both in one sequence. They lie along `axis`: (B, H, L, D)."""
+    return torch.cat((first, second), axis)
 
 
 @remade
@@ -54,49 +54,64 @@ def beside(out: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)
 
 
-def split_heads(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (B, L, 3 width + rest) as queries, keys and values, each (B, H, L, D), and the rest (B, L, rest): views."""
-    return _split(x, heads, width) if torch.compiler.is_compiling() else _Split.apply(x, heads, width)
+def split_heads(x: Tensor, heads: int, width: int, count: int = 3) -> tuple[Tensor, ...]:
+    """x (B, L, count width + rest) as `count` tensors (B, H, L, D), queries, keys, values, and the rest: views."""
+    split = _split if torch.compiler.is_compiling() else _Split.apply
+    return split(x, heads, width, count)
 
 
-def _split(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    qkv, rest = x.split((3 * width, x.shape[-1] - 3 * width), -1)
-    q, k, v = rearrange(qkv, "B L (three H D) -> three B H L D", three=3, H=heads)
-    return q, k, v, rest
+def _split(x: Tensor, heads: int, width: int, count: int) -> tuple[Tensor, ...]:
+    inside, rest = x.split((count * width, x.shape[-1] - count * width), -1)
+    return *rearrange(inside, "B L (n H D) -> n B H L D", n=count, H=heads), rest
 
 
 class _Split(torch.autograd.Function):
     """`_split`, whose backward writes each gradient once, to where it belongs in that of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.shape, ctx.heads, ctx.width = x.shape, heads, width
-        return _split(x, heads, width)
+    def forward(ctx: Any, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.sizes = x.shape, sizes
+        return _split(x, *sizes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         whole = gradients[0].new_empty(ctx.shape)
-        for part, gradient in zip(_split(whole, ctx.heads, ctx.width), gradients, strict=True):
+        for part, gradient in zip(_split(whole, *ctx.sizes), gradients, strict=True):
             part.copy_(gradient)
-        return whole, None, None
+        return whole, None, None, None
 
 
 @remade
 def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
     if torch.compiler.is_compiling():
-        return _turn(x, scale, pe)
+        return _fused_turn(x, scale, pe)
     return _Turned.apply(x, scale, pe)
 
 
-def _turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+def _fused_turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPSILON), pe)
+
+
+def _turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+    """Where no kernel norms in one pass: in place, in the fewest that there are."""
+    if x.is_cuda:
+        return _fused_turn(x, scale, pe)
+    values = (x * _rate(x)).mul_(scale.float())
+    torch.view_as_complex(values.unflatten(-1, (-1, 2))).mul_(pe)
+    return values.to(x.dtype)
+
+
+def _rate(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), (..., 1), in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm.square_() / x.shape[-1]).add_(EPSILON).rsqrt_()
 
 
 class _Turned(torch.autograd.Function):
     """`_turn`, which keeps x alone. Where the norm is not one kernel, autograd keeps float32 copies of what is between.
 
-    With n = r x, r = 1 / sqrt(mean(x^2) + eps), and h the gradient at n: the gradient at x is r (h - n mean(h n)).
+    With r = 1 / sqrt(mean(x^2) + eps), and h the gradient at r x: the gradient at x is r (h - r^2 x mean(h x)).
     """
 
     @staticmethod
@@ -107,16 +122,12 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale, pe = ctx.saved_tensors
-        values = x.float()
-        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        rate = (norm.square_() / values.shape[-1]).add_(EPSILON).rsqrt_()
-        normed = values * rate
-        turned_back = rotate(gradient.float(), pe.conj())
+        rate, turned_back = _rate(x), rotate(gradient.float(), pe.conj())
         for_scale = None
         if ctx.needs_input_grad[1]:
-            for_scale = (turned_back * normed).flatten(0, -2).sum(0).to(scale.dtype)
+            for_scale = (turned_back * x).mul_(rate).flatten(0, -2).sum(0).to(scale.dtype)
         if not ctx.needs_input_grad[0]:
             return None, for_scale, None
         h = turned_back.mul_(scale)
-        common = (h * normed).mean(-1, keepdim=True)
-        return h.addcmul_(normed, common, value=-1).mul_(rate).to(x.dtype), for_scale, None
+        common = (h * x).mean(-1, keepdim=True).mul_(rate.square())
+        return h.addcmul_(x, common, value=-1).mul_(rate).to(x.dtype), for_scale, None

@@ -41,7 +41,16 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype; the gradient flows to x alone."""
-        return _Restored.apply(x, self.weight, self.scale, self.bias)
+        return self.multiply(x, self.weight, self.scale, self.bias)
+
+    def some_outputs(self, x: Tensor, rows: slice) -> Tensor:
+        """Those of `forward` that these rows of the weight make."""
+        scale, bias = (part if part is None else part[rows] for part in (self.scale, self.bias))
+        return self.multiply(x, self.weight[rows], scale, bias)
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        return _Restored.apply(x, weight, scale, bias)
 
     def extra_repr(self) -> str:
         blocks = "unscaled" if self.scale is None else f"{self.scale.shape[1]} scales per row"
@@ -69,9 +78,10 @@ class ProductLinear(QuantisedLinear):
     Its scale is (out, 1), or None for a plain cast. Where it computes, `products.supported` must hold.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         # Laid out as rows out here: what a Function makes and returns as a view cannot be added to in place.
-        rows = _Products.apply(x.flatten(0, -2), self.weight, self.scale, self.bias)
+        rows = _Products.apply(x.flatten(0, -2), weight, scale, bias)
         return rows.unflatten(0, x.shape[:-1])
 
 

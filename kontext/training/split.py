@@ -16,7 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from kontext.errors import UserError
-from kontext.model.transformer import Modulation, Transformer
+from kontext.model.blocks import Modulation
+from kontext.model.transformer import Transformer
 from kontext.training.shares import Shares
 from kontext.training.team import Team
 

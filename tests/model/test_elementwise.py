@@ -27,7 +27,6 @@ def test_turned_is_norm_and_rotation_in_both_directions(dtype: torch.dtype, tole
         out = function(x.transpose(1, 2), scale, pe)
         out.backward(gradient)
         found.append((out.detach(), x.grad, scale.grad))
-    assert torch.equal(found[0][0], found[1][0])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
