@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "backends": {"errors", "model"},
     "compiling": {"errors", "model"},
     "memory": {"errors", "model"},
-    "quant": {"errors"},
+    "quant": {"errors", "model"},
     "timesteps": {"errors", "flow"},
     "sampler": {"flow"},
     "denoiser": {"model"},

@@ -32,11 +32,12 @@ class DoraLinear(LoraLinear):
         self.dora_scale = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm, persistent=False)
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, rows: slice) -> Tensor:
         change = self.change(x)
         result = self.base(x)
         gain = (self.dora_scale / self.direction_norm(x.dtype)).squeeze(1)
-        return result + (gain - 1).to(x.dtype) * self._without_bias(result) + gain.to(x.dtype) * change
+        whole = result + (gain - 1).to(x.dtype) * self._without_bias(result) + gain.to(x.dtype) * change
+        return whole[..., rows]
 
     @torch.no_grad()
     def direction_norm(self, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kontext.lora.adapted import adapted_product
 from kontext.lora.build import Misfit
 from kontext.lora.deltas import Delta
 from kontext.lora.fuse import fuse
+from kontext.model.outputs import ALL, rows_of, some_outputs
 from kontext.quant import QuantisedLinear
 
 
@@ -57,13 +59,17 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
-            return self.base(x)
-        return self.adapted(x)
+        return self.some_outputs(x, ALL)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        change = self.change(x)
-        return self.base(x) + change
+    def some_outputs(self, x: Tensor, rows: slice) -> Tensor:
+        """Those of `forward` that these rows of the weight make. Dropout is drawn for each call."""
+        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            return some_outputs(self.base, x, rows)
+        return self.adapted(x, rows)
+
+    def adapted(self, x: Tensor, rows: slice) -> Tensor:
+        change = self.change(x)[..., rows]
+        return some_outputs(self.base, x, rows) + change
 
     def change(self, x: Tensor) -> Tensor:
         """scale * dW x."""
@@ -113,11 +119,14 @@ class LoraLinear(AdapterLinear):
         self.lora_up = nn.utils.skip_init(nn.Linear, rank, base.out_features, **options)
         nn.init.zeros_(self.lora_up.weight)
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, rows: slice) -> Tensor:
         """B A x is added into W0 x by the product itself: no pass over memory beside the two."""
+        down, up = self.lora_down.weight, self.lora_up.weight
+        if not (self.training and (self.dropout or self.rank_dropout)):
+            return adapted_product(self.base, x, down, up, self.scale, rows)
         hidden = self.hidden(x).flatten(0, -2)
-        up = self.lora_up.weight.to(x.dtype)
-        out = self.base(x.flatten(0, -2)).addmm_(hidden, up.t(), alpha=self.scale)
+        out = some_outputs(self.base, x.flatten(0, -2), rows)
+        out = out.addmm_(hidden, rows_of(up, rows).to(x.dtype).t(), alpha=self.scale)
         return out.unflatten(0, x.shape[:-1])
 
     def change(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 numbers, `linear` has the layers.
 """
 
-from kontext.quant.linear import ProductLinear, QuantisedLinear, quantised_linear
+from kontext.quant.linear import Product, ProductLinear, QuantisedLinear, quantised_linear
 from kontext.quant.products import supported
 from kontext.quant.values import BLOCK, FP8, Mode, Quantised, dequantise, quantisable, quantise, stored_bytes
 
@@ -12,6 +12,7 @@ __all__ = [
     "BLOCK",
     "FP8",
     "Mode",
+    "Product",
     "ProductLinear",
     "Quantised",
     "QuantisedLinear",

@@ -1,31 +1,69 @@
 """Linears with weights in few bits."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kontext.model.outputs import ALL, rows_of
 from kontext.quant.products import multiply, multiply_back
 from kontext.quant.values import Mode, Quantised, dequantise, grained
 
 
-class _Restored(torch.autograd.Function):
-    """x W^T + b, which keeps the rounded weight for the backward pass, not the one it multiplied by."""
+class Product(Protocol):
+    """How a frozen linear multiplies: x (n, in) to (n, out), and gradients (n, out) to (n, in)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+    def forth(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor: ...
+
+    @staticmethod
+    def back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor: ...
+
+
+class Restored:
+    """The product with a weight that is restored for it."""
+
+    @staticmethod
+    def forth(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.linear(x, dequantise(weight, scale, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        return gradient @ dequantise(weight, scale, gradient.dtype), None, None, None
+    def back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        return gradient @ dequantise(weight, scale, gradient.dtype)
+
+
+class Rounded:
+    """The product with x, and in the backward pass with the gradient, rounded to 8 bits too."""
+
+    forth, back = staticmethod(multiply), staticmethod(multiply_back)
+
+
+class _Frozen(torch.autograd.Function):
+    """x W^T + b for x (n, in), which keeps for the backward pass the rounded weight, not the one it multiplied by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        product: type[Product],
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.product = product
+        ctx.save_for_backward(weight, scale)
+        return product.forth(x, weight, scale, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.product.back(gradient, *ctx.saved_tensors), None, None, None, None
 
 
 class QuantisedLinear(nn.Module):
     """A frozen linear: weight and scale as in `Quantised`, bias (out,) or None."""
+
+    product: type[Product] = Restored
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
@@ -41,16 +79,13 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype; the gradient flows to x alone."""
-        return self.multiply(x, self.weight, self.scale, self.bias)
+        return self.some_outputs(x, ALL)
 
     def some_outputs(self, x: Tensor, rows: slice) -> Tensor:
         """Those of `forward` that these rows of the weight make."""
-        scale, bias = (part if part is None else part[rows] for part in (self.scale, self.bias))
-        return self.multiply(x, self.weight[rows], scale, bias)
-
-    @staticmethod
-    def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _Restored.apply(x, weight, scale, bias)
+        frozen = (rows_of(part, rows) for part in (self.weight, self.scale, self.bias))
+        # Laid out as rows out here: what a Function makes and returns as a view cannot be added to in place.
+        return _Frozen.apply(x.flatten(0, -2), self.product, *frozen).unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
         blocks = "unscaled" if self.scale is None else f"{self.scale.shape[1]} scales per row"
@@ -59,30 +94,13 @@ class QuantisedLinear(nn.Module):
         )
 
 
-class _Products(torch.autograd.Function):
-    """The same for x (n, in), with x, and in the backward pass the gradient, rounded to 8 bits too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return multiply(x, weight, scale, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return multiply_back(gradient, *ctx.saved_tensors), None, None, None
-
-
 class ProductLinear(QuantisedLinear):
     """A frozen linear in 8 bits that multiplies 8-bit numbers by 8-bit numbers, in both directions.
 
     Its scale is (out, 1), or None for a plain cast. Where it computes, `products.supported` must hold.
     """
 
-    @staticmethod
-    def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        # Laid out as rows out here: what a Function makes and returns as a view cannot be added to in place.
-        rows = _Products.apply(x.flatten(0, -2), weight, scale, bias)
-        return rows.unflatten(0, x.shape[:-1])
+    product = Rounded
 
 
 def quantised_linear(value: Quantised, bias: Tensor | None, mode: Mode) -> QuantisedLinear:
