@@ -1,43 +1,65 @@
 """Forward passes against diffusers, same weights, same inputs: `python examples/benchmarks/forward.py`.
 
-Options: --bfloat16 adds that type (slow on a CPU without its instructions), --rounds n.
+The transformer is measured twice: the velocity of all tokens on both sides, and a step of sampling as each side takes
+it. Then ours computes in its last block what the target needs, and has text, reference, positions and the level's
+modulation ready; diffusers computes everything in every step and drops what it does not need.
+
+Options: --bfloat16 adds that type (slow on a CPU without its instructions), --rounds n, --threads n.
 """
 
 import argparse
 
 import torch
-from models import Inputs, autoencoder_pair, transformer_pair
+from autoencoders import autoencoder_pair
+from card import Sizes
+from giants import Picture, narrow, ours, random_weights, theirs
 from paired import header, paired, relative_error
+
+from kontext.allocation import reuse_freed_memory
+from kontext.model.latents import pack
+
+CPU = torch.device("cpu")
 
 
 def transformer(dtype: torch.dtype, rounds: int) -> None:
-    ours, theirs = transformer_pair(width=512, heads=4, double=2, single=4, dtype=dtype)
-    inputs = Inputs.random(side=32, dtype=dtype)
-    error = relative_error(inputs.ours(ours), inputs.theirs(theirs))
-    result = paired(lambda: inputs.ours(ours), lambda: inputs.theirs(theirs), rounds=rounds)
-    name = f"transformer, width 512, 2 + 4 blocks, {inputs.tokens} tokens, {dtype}".replace("torch.", "")
-    print(result.row(f"{name} (difference {error:.1e})"))
+    sizes = Sizes(narrow(width=512, double=2, single=4), text=512, side=32, rank=0)
+    weights, picture = random_weights(sizes.config, CPU, dtype), Picture.random(sizes, CPU, dtype)
+    mine, peer = ours(sizes.config, weights), theirs(sizes.config, weights)
+    step = picture.step(mine)
+    for what, run, other in (
+        ("all tokens", picture.whole(mine), picture.peer(peer)),
+        ("a step of sampling", lambda: pack(step()), picture.peer_step(peer)),
+    ):
+        error = relative_error(run(), other())
+        name = f"transformer, width 512, 2 + 4 blocks, {sizes.tokens} tokens, {dtype}, {what}"
+        result = paired(run, other, rounds=rounds)
+        print(result.row(f"{name} (difference {error:.1e})".replace("torch.", "")))
 
 
 def autoencoder(rounds: int) -> None:
-    ours, theirs = autoencoder_pair(width=64)
+    mine, peer = autoencoder_pair(width=64)
     images = torch.rand(1, 3, 256, 256) * 2 - 1
-    latents = ours.encode(images)
-    z = latents / ours.config.scale + ours.config.shift
-    for name, run, peer in (
-        ("encode", lambda: ours.encode(images), lambda: theirs.encode(images)),
-        ("decode", lambda: ours.decode(latents), lambda: theirs.decode(z)),
+    latents = mine.encode(images)
+    z = latents / mine.config.scale + mine.config.shift
+    for name, run, other in (
+        ("encode", lambda: mine.encode(images), lambda: peer.encode(images)),
+        ("decode", lambda: mine.decode(latents), lambda: peer.decode(z)),
     ):
-        print(paired(run, peer, rounds=rounds).row(f"autoencoder {name}, 256x256, width 64, float32"))
+        print(paired(run, other, rounds=rounds).row(f"autoencoder {name}, 256x256, width 64, float32"))
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    print(header(f"Forward against diffusers, {torch.get_num_threads()} threads"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    reuse_freed_memory()  # as every command does
+    torch.set_num_threads(options.threads)
+    print(header(f"Forward against diffusers, {options.threads} threads"))
     for dtype in (torch.float32, torch.bfloat16) if options.bfloat16 else (torch.float32,):
         transformer(dtype, options.rounds)
     autoencoder(options.rounds)

@@ -46,6 +46,22 @@ TINY = replace(
     single_blocks=2,
     axes=(8, 28, 28),
 )
+
+
+def narrow(width: int, double: int, single: int) -> TransformerConfig:
+    """FLUX's sizes with fewer heads of 128 channels and fewer blocks, for text of width 512."""
+    return replace(
+        FLUX,
+        context_width=512,
+        vector_width=256,
+        width=width,
+        heads=width // 128,
+        mlp_width=4 * width,
+        double_blocks=double,
+        single_blocks=single,
+    )
+
+
 GUIDANCE = 2.5
 
 Weights = dict[str, Tensor]
@@ -186,12 +202,28 @@ class Picture:
         """As training computes it."""
         return self.denoiser(model)(self.latent, torch.tensor([self.level]), mods)
 
-    def peer(self, model: FluxTransformer2DModel) -> Callable[[], Tensor]:
-        """The same of diffusers' model: (1, tokens of the target, 64)."""
-        device, dtype = self.txt.device, self.txt.dtype
+    @property
+    def targets(self) -> int:
+        """Tokens of the target."""
+        return self.latent.shape[-2] * self.latent.shape[-1] // PATCH**2
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Target and reference (1, L, 64), and their positions (L, 3)."""
         rows = self.latent.shape[-1] // PATCH
-        ids = torch.cat((position_ids(rows, rows), *reference_ids((self.reference,)))).to(device)
-        tokens = torch.cat((pack(self.latent.to(dtype)), pack(self.reference)), 1)
+        ids = torch.cat((position_ids(rows, rows), *reference_ids((self.reference,)))).to(self.txt.device)
+        return torch.cat((pack(self.latent.to(self.txt.dtype)), pack(self.reference)), 1), ids
+
+    def whole(self, model: Transformer) -> Callable[[], Tensor]:
+        """The velocity of all tokens, also of the reference's, which nothing needs: (1, L, 64)."""
+        tokens, ids = self.tokens()
+        txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=self.txt.device)
+        t, guidance = torch.tensor([[self.level], [GUIDANCE]], device=self.txt.device)
+        return lambda: model(tokens, ids[None], self.txt, txt_ids, t, self.vector, guidance)
+
+    def peer(self, model: FluxTransformer2DModel) -> Callable[[], Tensor]:
+        """The same of diffusers' model, which computes all tokens: (1, L, 64)."""
+        device, dtype = self.txt.device, self.txt.dtype
+        tokens, ids = self.tokens()
         inputs = {
             "hidden_states": tokens,
             "encoder_hidden_states": self.txt,
@@ -202,4 +234,9 @@ class Picture:
             "guidance": torch.tensor([GUIDANCE], device=device, dtype=dtype),
             "return_dict": False,
         }
-        return lambda: model(**inputs)[0][:, : rows * rows]
+        return lambda: model(**inputs)[0]
+
+    def peer_step(self, model: FluxTransformer2DModel) -> Callable[[], Tensor]:
+        """What is left of that for the target: (1, targets, 64)."""
+        run = self.peer(model)
+        return lambda: run()[:, : self.targets]

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
+from autoencoders import diffusers_autoencoder
 from bench import Bench, Line
 from card import Run, Sizes, clear, fits, peak, seconds
 from diffusers import FluxTransformer2DModel
 from giants import Picture, Setup, Weights, ours, rounded, theirs
-from models import diffusers_autoencoder
 from paired import Paired, paired, relative_error
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
@@ -40,7 +40,7 @@ def generation(bench: Bench) -> Iterator[Line]:
     """G1, G2: a step of sampling, modulation prepared ahead, against diffusers' transformer, eager and compiled."""
     weights, picture = bench.weights(), Picture.random(bench.sizes, bench.device, bench.dtype)
     mine, other = ours(bench.sizes.config, weights), theirs(bench.sizes.config, weights)
-    step, peer = picture.step(mine), picture.peer(other)
+    step, peer = picture.step(mine), picture.peer_step(other)
     error = relative_error(pack(step()), peer())
     limit = bench.rates.forward_seconds(bench.sizes)
     eager = paired(step, peer, rounds=bench.rounds)
@@ -111,7 +111,7 @@ def _peer_step(bench: Bench, weights: Weights) -> tuple[Run, str]:
     model.train().enable_gradient_checkpointing()
     picture = Picture.random(bench.sizes, bench.device, bench.dtype)
     dtype = str(trainable(model)[0].dtype).removeprefix("torch.")
-    forward, target = picture.peer(model), pack(picture.reference)
+    forward, target = picture.peer_step(model), pack(picture.reference)
     return step_of(lambda: forward() - target, peer_optimizer(model)), dtype
 
 

@@ -1,10 +1,12 @@
 """A LoRA training step against diffusers + peft: `python examples/benchmarks/train.py`.
 
-Forward, loss, backward and optimizer step, with the same weights, inputs and rank, with and without gradient
-checkpointing on both sides, and each side as its users run it: ours without, theirs with. The optimizer is AdamW: ours
-as `kontext train` makes it, theirs as diffusers' training scripts do. "Kept" is what autograd
-keeps between forward and backward, every piece of storage counted once; "peak" the most that a step allocates at
-one time.
+Forward, loss on the target's velocity, backward and optimizer step, with the same weights, inputs and rank, with and
+without gradient checkpointing on both sides, and each side as its users run it: ours without, theirs with. Each side
+takes its step as its training does: ours computes in the last block what the target needs, diffusers' script all
+tokens, and drops the reference's. The last block weighs more in a model of six blocks than in one of 57, so the same is
+measured with the loss on all tokens. The optimizer is AdamW: ours as `kontext train` makes it, theirs as diffusers'
+training scripts do. "Kept" is what autograd keeps between forward and backward, every piece of storage counted once;
+"peak" the most that a step allocates at one time.
 
 Options: --large (width 512, 2,560 tokens) instead of the small size, --rounds n, --device cuda.
 """
@@ -15,16 +17,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from models import Inputs, transformer_pair
+from card import Sizes
+from giants import Picture, Setup, narrow, ours, random_weights, theirs
 from paired import header, paired
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from kontext.lora.adapter import attach
-from kontext.memory.recompute import recompute_blocks
-from kontext.memory.remaking import remake_blocks
+from kontext.allocation import reuse_freed_memory
 from kontext.training.optimizers import make_optimizer
 
 RANK = 16
@@ -54,7 +55,7 @@ def step_of(forward: Callable[[], Tensor], optimizer: Optimizer) -> Callable[[],
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -91,51 +92,46 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Whether our side and theirs recompute whole blocks."""
+class Case:
+    """Whether our side and theirs recompute whole blocks, and whether the loss is on all tokens."""
 
     name: str
     ours: bool
     theirs: bool
+    whole: bool = False
 
 
-POLICIES = (
-    Policy("no checkpointing", ours=False, theirs=False),
-    Policy("checkpointing", ours=True, theirs=True),
-    Policy("ours without, theirs with checkpointing", ours=False, theirs=True),
+CASES = (
+    Case("no checkpointing", ours=False, theirs=False),
+    Case("checkpointing", ours=True, theirs=True),
+    Case("ours without, theirs with checkpointing", ours=False, theirs=True),
+    Case("no checkpointing, loss on all tokens", ours=False, theirs=False, whole=True),
 )
 
 
-def measure(sizes: dict[str, int], policy: Policy, *, side: int, rounds: int, device: str) -> None:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    ours, theirs = transformer_pair(**sizes, dtype=dtype, device=device)
-    inputs = Inputs.random(side=side, dtype=dtype, device=device)
-    attach(ours, rank=RANK, alpha=RANK, seed=0)
-    theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
-    ours.train(), theirs.train()
-    remake_blocks(ours)
-    if policy.ours:
-        recompute_blocks(ours)
-    if policy.theirs:
-        theirs.enable_gradient_checkpointing()
-    kept = [
-        kept_megabytes(lambda: inputs.ours(ours), ours),
-        kept_megabytes(lambda: inputs.theirs(theirs), theirs),
-    ]
-    steps = [
-        step_of(lambda: inputs.ours(ours), our_optimizer(ours)),
-        step_of(lambda: inputs.theirs(theirs), peer_optimizer(theirs)),
-    ]
-    for step in steps:
-        step()  # the optimizers' state is not the step's
-    peaks = [peak_megabytes(step, device) for step in steps]
+def measure(sizes: Sizes, case: Case, *, rounds: int, device: torch.device) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weights, picture = random_weights(sizes.config, device, dtype), Picture.random(sizes, device, dtype)
+    mine, peer = ours(sizes.config, weights), theirs(sizes.config, weights)
+    Setup(rank=sizes.rank, policy="whole" if case.ours else "none").apply(mine, device)
+    peer.add_adapter(LoraConfig(r=sizes.rank, lora_alpha=sizes.rank, target_modules=TARGETS))
+    mine.train(), peer.train()
+    if case.theirs:
+        peer.enable_gradient_checkpointing()
+    if case.whole:
+        runs = picture.whole(mine), picture.peer(peer)
+    else:
+        runs = (lambda: picture.velocity(mine)), picture.peer_step(peer)
+    kept = [kept_megabytes(run, model) for run, model in zip(runs, (mine, peer), strict=True)]
+    steps = [step_of(runs[0], our_optimizer(mine)), step_of(runs[1], peer_optimizer(peer))]
+    losses = [step() for step in steps]  # also makes the optimizers' state, which is not the step's
+    peaks = [peak_megabytes(step, device.type) for step in steps]
     result = paired(*steps, rounds=rounds)
-    what = f"width {sizes['width']}, {inputs.tokens} tokens, rank {RANK}, {dtype}, {policy.name}".replace(
-        "torch.", ""
-    )
-    print(result.row(what))
-    for name, (mine, other) in {"kept": kept, "peak": peaks}.items():
-        print(f"    {name}: {mine:.0f} and {other:.0f} MB ({mine / other:.2f})")
+    error = abs(losses[0] / losses[1] - 1)
+    what = f"width {sizes.config.width}, {sizes.tokens} tokens, rank {sizes.rank}, {dtype}, {case.name}"
+    print(result.row(f"{what} (losses differ by {error:.0e})".replace("torch.", "")))
+    for name, (ours_, other) in {"kept": kept, "peak": peaks}.items():
+        print(f"    {name}: {ours_:.0f} and {other:.0f} MB ({ours_ / other:.2f})")
 
 
 def main() -> None:
@@ -146,12 +142,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    large = {"width": 512, "heads": 4, "double": 2, "single": 4}
-    small = {"width": 256, "heads": 2, "double": 2, "single": 4}
-    sizes, side = (large, 32) if options.large else (small, 16)
-    print(header(f"LoRA step against diffusers + peft, {options.device}"))
-    for policy in POLICIES:
-        measure(sizes, policy, side=side, rounds=options.rounds, device=options.device)
+    width, side = (512, 32) if options.large else (256, 16)
+    sizes = Sizes(narrow(width, double=2, single=4), text=512, side=side, rank=RANK)
+    reuse_freed_memory()  # as every command does
+    print(header(f"LoRA step against diffusers + peft, {options.device}, {torch.get_num_threads()} threads"))
+    for case in CASES:
+        measure(sizes, case, rounds=options.rounds, device=torch.device(options.device))
 
 
 if __name__ == "__main__":
