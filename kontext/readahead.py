@@ -5,15 +5,16 @@ while a tensor is cast or copied to the GPU.
 """
 
 import os
+import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-CHUNK = 8 * 2**20
+CHUNK = 2**20  # so small that the disk is read in order, with all readers at work
 READERS = 4  # what fast disks need to be busy
 SHARE = 0.5  # of the free memory: what is read ahead must still be there when its turn comes
-PAGE = 4096
 
 Piece = tuple[Path, int]
 """A file and the offset of a chunk in it."""
@@ -24,7 +25,7 @@ def read_ahead(paths: Iterable[Path]) -> list[Thread]:
 
     What cannot be read is left to the loading to complain about.
     """
-    if not hasattr(os, "preadv"):  # Windows reads ahead by itself
+    if sys.platform != "linux":  # others read ahead by themselves, and have no way to read without a copy
         return []
     pieces: SimpleQueue[Piece] = SimpleQueue()
     for piece in _pieces(paths, int(SHARE * _free_memory())):
@@ -51,34 +52,27 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(pieces: SimpleQueue[Piece]) -> None:
-    buffer = bytearray(CHUNK)
-    while True:
-        try:
-            file, start = pieces.get_nowait()
-            _read_piece(file, start, buffer)
-        except (Empty, OSError):
-            return
+    """Have the system read chunks, without a copy of them: what is in memory already costs next to nothing.
+
+    The next chunk of a file is taken where the last was opened, by which the system knows to read on after it.
+    """
+    opened: Path | None = None
+    with ExitStack() as files:
+        nowhere = files.enter_context(open(os.devnull, "wb", buffering=0)).fileno()
+        while True:
+            try:
+                file, start = pieces.get_nowait()
+                if file != opened:
+                    opened, stream = file, files.enter_context(open(file, "rb", buffering=0))
+                _read_piece(stream.fileno(), start, nowhere)
+            except (Empty, OSError):
+                return
 
 
-def _read_piece(file: Path, start: int, buffer: bytearray) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        if not _is_cached(descriptor, start):
-            os.preadv(descriptor, [buffer], start)
-    finally:
-        os.close(descriptor)
-
-
-def _is_cached(descriptor: int, start: int) -> bool:
-    """Whether first and last page of a chunk are in memory already. Linux tells; elsewhere it never is."""
-    flag = getattr(os, "RWF_NOWAIT", None)
-    end = min(start + CHUNK, os.fstat(descriptor).st_size) - PAGE
-    try:
-        return flag is not None and all(
-            os.preadv(descriptor, [bytearray(1)], place, flag) for place in (start, max(start, end))
-        )
-    except OSError:  # it would have to wait, or this file system does not tell
-        return False
+def _read_piece(descriptor: int, start: int, nowhere: int) -> None:
+    end = start + CHUNK
+    while start < end and (count := os.sendfile(nowhere, descriptor, start, end - start)):
+        start += count
 
 
 def _free_memory() -> int:

@@ -1,16 +1,17 @@
-"""Files are in the page cache before they are asked for, and nothing is read that is there already."""
+"""Files are in the page cache before they are asked for."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from kontext import readahead
 from kontext.options.generate import Generate
 from kontext.options.train import Train
-from kontext.readahead import CHUNK, read_ahead
+from kontext.readahead import CHUNK, Piece, read_ahead
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what is cached")
 SIZE = 3 * CHUNK + 5000
@@ -30,9 +31,17 @@ def forget(path: Path) -> None:
 
 
 def cached(path: Path) -> list[bool]:
-    """Whether each chunk is in memory."""
+    """Whether each chunk is in memory: its last byte can be had without waiting for the disk."""
+    ends = [min(at + CHUNK, path.stat().st_size) for at in range(0, path.stat().st_size, CHUNK)]
     with open(path, "rb") as file:
-        return [readahead._is_cached(file.fileno(), at) for at in range(0, path.stat().st_size, CHUNK)]
+        return [in_memory(file.fileno(), end - 1) for end in ends]
+
+
+def in_memory(descriptor: int, place: int) -> bool:
+    try:
+        return bool(os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT))
+    except OSError:
+        return False
 
 
 def finished(paths: list[Path]) -> None:
@@ -49,21 +58,6 @@ def test_a_cold_file_gets_warm(tmp_path: Path) -> None:
     assert cached(path) == [True] * 4
 
 
-def test_a_warm_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, read = written(tmp_path / "a.safetensors"), []
-    path.read_bytes()
-    preadv = os.preadv
-
-    def watch(descriptor: int, buffers: list[bytearray], offset: int, *flags: int) -> int:
-        if not flags:
-            read.append(offset)
-        return preadv(descriptor, buffers, offset, *flags)
-
-    monkeypatch.setattr(os, "preadv", watch)
-    finished([path])
-    assert read == []
-
-
 def test_order_folders_and_room(tmp_path: Path) -> None:
     """Files in the order given and once each, folders sorted, no more than there is room for."""
     single = written(tmp_path / "b.safetensors")
@@ -78,12 +72,33 @@ def test_order_folders_and_room(tmp_path: Path) -> None:
     assert readahead._pieces(given, 2 * CHUNK + 1) == expected[:2]
 
 
+def test_all_of_every_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several readers at once, each of which keeps a file open."""
+    files = [written(tmp_path / f"{n}.safetensors", 20 * CHUNK + n) for n in range(3)]
+    read, sendfile = [], os.sendfile
+
+    def watch(out: int, descriptor: int, offset: int, count: int) -> int:
+        done = sendfile(out, descriptor, offset, count)
+        read.append((os.fstat(descriptor).st_ino, offset, done))
+        return done
+
+    monkeypatch.setattr(os, "sendfile", watch)
+    finished(files)
+    for file in files:
+        inode, place = file.stat().st_ino, 0
+        for offset, done in sorted(piece[1:] for piece in read if piece[0] == inode and piece[2]):
+            assert offset == place
+            place += done
+        assert place == file.stat().st_size
+
+
 def test_files_that_vanish_are_left_to_the_loading(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors")
-    pieces = readahead._pieces([path], 100 * CHUNK)
+    pieces: SimpleQueue[Piece] = SimpleQueue()
+    for piece in readahead._pieces([path], 100 * CHUNK):
+        pieces.put(piece)
     path.unlink()
-    with pytest.raises(OSError):
-        readahead._read_piece(*pieces[0], bytearray(CHUNK))
+    readahead._read(pieces)
     finished([path])
 
 

@@ -2,7 +2,8 @@
 
 A random transformer in float32 is made in --folder (which must lie on the disk to be measured) and removed at the end.
 In turn, each time with the page cache dropped, the file is read from beginning to end and nothing else, loaded as
-bfloat16, and loaded without reading ahead. Linux only.
+bfloat16, the same without reading ahead, and loaded to whole numbers of 8 bits. Loading is compared with the reading
+before and after it. Linux only.
 
 Options: --gigabytes n (1), --rounds n (5), --folder path.
 """
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,6 +23,7 @@ import torch
 from kontext.checkpoints import load_transformer
 from kontext.files import save_tensors
 from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.quant import Mode
 
 BLOCK = 8 * 2**20
 
@@ -54,8 +57,8 @@ def read(file: Path) -> None:
             pass
 
 
-def load(file: Path) -> object:
-    return load_transformer(file, device="cpu", dtype=torch.bfloat16)
+def load(file: Path, mode: Mode | None = None) -> object:
+    return load_transformer(file, device="cpu", dtype=torch.bfloat16, quantization=mode)
 
 
 def load_without(file: Path) -> object:
@@ -63,11 +66,24 @@ def load_without(file: Path) -> object:
         return load(file)
 
 
+RUNS: dict[str, Callable[[Path], object]] = {
+    "loading": load,
+    "loading without reading ahead": load_without,
+    "loading to int8": partial(load, mode="int8"),
+}
+
+
 def seconds(run: Callable[[Path], object], file: Path) -> float:
     drop(file)
     start = time.perf_counter()
     run(file)
     return time.perf_counter() - start
+
+
+def pair(run: Callable[[Path], object], file: Path) -> tuple[float, float]:
+    """Seconds of reading alone, the mean of before and after, and of `run`."""
+    before, own, after = (seconds(each, file) for each in (read, run, read))
+    return (before + after) / 2, own
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,14 +98,13 @@ def main(arguments: list[str] | None = None) -> None:
         file = Path(folder) / "base.safetensors"
         write_base(file, options.gigabytes)
         size = file.stat().st_size / 1e9
-        runs = (read, load, load_without)
-        rounds = [[seconds(run, file) for run in runs] for _ in range(options.rounds)]
+        rounds = {name: [pair(run, file) for _ in range(options.rounds)] for name, run in RUNS.items()}
     print(f"\nLoading {size:.2f} GB from disk, float32 to bfloat16\n")
-    print("| | GB/s | of the disk's rate |\n|---|---|---|")
-    for i, name in enumerate(("reading alone", "loading", "loading without reading ahead")):
-        rate = size / statistics.median(each[i] for each in rounds)
-        share = statistics.median(each[0] / each[i] for each in rounds)
-        print(f"| {name} | {rate:.2f} | {share:.2f} |")
+    print("| | GB/s | reading alone, GB/s | of the disk's rate |\n|---|---|---|---|")
+    for name, pairs in rounds.items():
+        alone, loading = (size / statistics.median(each) for each in zip(*pairs, strict=True))
+        share = statistics.median(a / b for a, b in pairs)
+        print(f"| {name} | {loading:.2f} | {alone:.2f} | {share:.2f} |")
 
 
 if __name__ == "__main__":
