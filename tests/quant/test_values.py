@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kontext.quant import BLOCK, FP8, dequantise, quantise
+from kontext.quant import BLOCK, FP8, dequantise, quantise, values
+from kontext.quant.values import _round_to_fp8
 
 MODES = ("fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4")
 EXACT_MODES = MODES[:-1]
@@ -47,6 +48,30 @@ def test_scales_are_chosen_by_their_error():
     smallest = blocks.abs().amax(-1, keepdim=True) / 448
     simple = ((blocks / smallest).to(FP8).float() * smallest - blocks).norm() / weight.norm()
     assert error(weight, "fp8_scaled") < 0.93 * simple
+
+
+def test_rounding_to_8_bit_floats_is_torchs():
+    """All of them, what lies halfway and to both sides of it, and anything else."""
+    exact = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    halfway = (exact[1:] + exact[:-1]) / 2
+    near = [torch.nextafter(halfway, torch.tensor(limit)) for limit in (0.0, 1e9)]
+    some = [draw(2000, seed=seed) * 2.0 ** (seed - 12) for seed in range(19)]
+    tried = torch.cat([exact, halfway, *near, *some, torch.tensor([449.5])])
+    tried = torch.cat([tried, -tried])
+    tried = tried[tried.abs() < 450]
+    expected = tried.clamp(-448, 448).to(FP8).float()
+    assert torch.equal(_round_to_fp8(tried.clone(), torch.empty_like(tried)), expected)
+
+
+def test_the_same_in_strips_as_at_once(monkeypatch):
+    weight = draw(50, 640)
+    for mode in ("fp8_scaled", "int8", "int8_fast"):
+        whole = quantise(weight, mode)
+        monkeypatch.setattr(values, "STRIP", 7 * 640)
+        strips = quantise(weight, mode)
+        monkeypatch.undo()
+        assert torch.equal(whole.weight.float(), strips.weight.float())
+        assert torch.equal(whole.scale, strips.scale)
 
 
 def test_a_plain_cast_is_torchs():
