@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Notes in $WRITTEN which process wrote which cache file or picture, and which items it trained on; $KILLED names one
-# that dies at its first file.
+# Notes in $WRITTEN which process wrote which cache file or picture, in $LOADED which items it trained on, and in
+# $ENCODED which prompts it encoded; $KILLED names one that dies at its first file.
 DRIVER = """
 import os, signal, sys
 from kontext.data import batches, cache
-from kontext.generation import outputs
+from kontext.generation import outputs, pipeline
 
 rank = os.environ["RANK"]
 
@@ -34,7 +34,13 @@ def loading(entries, captions):
         note("loaded", entry.item.key)
     return load_batch(entries, captions)
 
+def encoding(model, tokenizer, prompts, **settings):
+    for prompt in prompts:
+        note("encoded", prompt)
+    return encode_t5(model, tokenizer, prompts, **settings)
+
 load_batch, batches.load_batch = batches.load_batch, loading
+encode_t5, pipeline.encode_t5 = pipeline.encode_t5, encoding
 
 cache.save_tensors = noting(cache.save_tensors)
 outputs.save_picture = noting(outputs.save_picture)
@@ -90,7 +96,7 @@ def _start(
     folder.mkdir(parents=True, exist_ok=True)
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
-    notes = {"WRITTEN": str(folder / "written.txt"), "LOADED": str(folder / "loaded.txt")}
+    notes = {what.upper(): str(folder / f"{what}.txt") for what in ("written", "loaded", "encoded")}
     return subprocess.Popen(
         [sys.executable, *launcher, str(driver), *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **notes, **place},
@@ -114,6 +120,11 @@ def written(folder: Path) -> list[list[str]]:
 def loaded(folder: Path) -> list[list[str]]:
     """The items that each of the two was trained on, in turn."""
     return _noted(folder / "loaded.txt")
+
+
+def encoded(folder: Path) -> list[list[str]]:
+    """The prompts that each of the two encoded, in turn."""
+    return _noted(folder / "encoded.txt")
 
 
 def _noted(path: Path) -> list[list[str]]:

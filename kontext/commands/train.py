@@ -41,6 +41,7 @@ from kontext.training.previews import Previews, Sample, prepare
 from kontext.training.prompts import read_sample_prompts
 from kontext.training.session import Session, Start
 from kontext.training.state import Progress, changed_settings, latest_state, read_progress
+from kontext.training.team import Team
 from kontext.training.trained import Adapters, Trained
 
 
@@ -75,7 +76,7 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
     kontext = Kontext(
         model_files(options), values.runtime(options, run.team), train_network.base_loras(options)
     )
-    samples = _samples(options, kontext, seed)
+    samples = _samples(options, kontext, run.team, seed)
     transformer, trained, team = train_model.model(options, kontext, run.network, run.team, seed)
     updates = values.updates(options, run.network, trained.parameters, plan, team.device)
     modules = trained.adapters if isinstance(trained, Adapters) else {}
@@ -178,13 +179,19 @@ def _check_same(start: Start, settings: dict[str, object], plan: Plan) -> None:
         )
 
 
-def _samples(options: Train, kontext: Kontext, seed: int) -> list[Sample]:
-    """The sample pictures, prepared before the transformer takes its memory."""
+def _samples(options: Train, kontext: Kontext, team: Team, seed: int) -> list[Sample]:
+    """The sample pictures, prepared before the transformer takes its memory: those that this process draws.
+
+    Processes that are going to share one model draw each of them together.
+    """
     if options.sample_prompts is None:
         return []
     requests = read_sample_prompts(options.sample_prompts, values.sample_request(seed))
     console.say(f"Encoding {len(requests)} sample prompts")
-    return prepare(kontext, requests)
+    count = len(requests)
+    return prepare(
+        kontext, requests, range(count) if train_whole.is_split(options, team) else team.deal(count)
+    )
 
 
 def _introduce(plan: Plan, batches: Batches, trained: Trained, updates: Updates) -> None:

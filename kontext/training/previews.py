@@ -1,6 +1,6 @@
 """Sample pictures in the course of training, made exactly as `kontext generate` makes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from kontext import console
 from kontext.data.images import read_picture
 from kontext.generation.outputs import save_picture, settings_of
-from kontext.generation.pipeline import Conditioned, Kontext
+from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
+from kontext.generation.stages import Conditioned, Framed
 from kontext.training.loop import Outcome
 from kontext.training.names import Names
 from kontext.training.plan import Plan
@@ -49,26 +51,36 @@ class Rhythm:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample to draw again and again, with everything but the transformer's part done."""
+    """A sample to draw again and again, with everything but the transformer's part done.
 
-    conditioned: Conditioned
+    conditioned: None when another process draws it.
+    """
+
+    request: Request
     references: tuple[Image.Image, ...]
-
-    @property
-    def request(self) -> Request:
-        return self.conditioned.framed.request
+    conditioned: Conditioned | None
 
 
-def prepare(kontext: Kontext, requests: Sequence[Request]) -> list[Sample]:
+Made = tuple[Image.Image, Mapping[str, str]]
+"""A finished picture and the settings that go into its file."""
+
+
+def prepare(kontext: Kontext, requests: Sequence[Request], mine: Collection[int]) -> list[Sample]:
     """Encodes references and prompts once; the text encoders are freed, the autoencoder waits on the CPU.
+
+    mine: which of the requests this process draws. Those of others are not encoded, and no model is loaded for them.
 
     Raises UserError for an unreadable reference.
     """
-    framed = [kontext.frame(request) for request in requests]
-    conditioned = [kontext.condition(frame) for frame in framed]
-    kontext.text_encoders.free()
-    kontext.autoencoder().cpu()
-    return [Sample(done, tuple(_references(done.framed.request))) for done in conditioned]
+    framed = {number: kontext.frame(requests[number]) for number in mine}
+    conditioned = {number: kontext.condition(frame) for number, frame in framed.items()}
+    if mine:
+        kontext.text_encoders.free()
+        kontext.autoencoder().cpu()
+    return [
+        Sample(request, tuple(_references(request)), conditioned.get(number))
+        for number, request in enumerate(requests)
+    ]
 
 
 def _references(request: Request) -> list[Image.Image]:
@@ -95,7 +107,7 @@ class Previews:
     ) -> None:
         """weights: within it what is trained has the weights to be used, which may not be those in training.
 
-        Every process of the team has all samples, draws its part of them, and the first one writes them.
+        Every process of the team has all samples, draws those that it has conditioned, and the first one writes them.
         """
         self.kontext = kontext
         self.samples = samples
@@ -119,36 +131,40 @@ class Previews:
         """
         parts = self.team.gather(self._pictures())
         if self.team.leads:
-            pictures = {number: picture for part in parts for number, picture in part.items()}
-            self._write([pictures[number] for number in range(len(self.samples))], label, done)
+            made = {number: one for part in parts for number, one in part.items()}
+            self._write([made[number] for number in range(len(self.samples))], label, done)
 
-    def _pictures(self) -> dict[int, Image.Image]:
+    def _pictures(self) -> dict[int, Made]:
         """This process' part of the samples, by number."""
-        mine = self.team.deal(len(self.samples))
+        mine = {number: s.conditioned for number, s in enumerate(self.samples) if s.conditioned}
+        if not mine:
+            return {}
         transformer = self.kontext.transformer()
         training = transformer.training
         transformer.eval()
         with self.weights():
-            uses = [partial(self.kontext.denoise, self.samples[number].conditioned) for number in mine]
+            uses = [partial(self.kontext.denoise, conditioned) for conditioned in mine.values()]
             latents = [self.team.run(use) for use in uses]
         transformer.train(training)
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
-        pictures = [
-            self.kontext.finish(self.samples[number].conditioned.framed, latent)
-            for number, latent in zip(mine, latents, strict=True)
-        ]
+        made = {
+            number: self._made(conditioned.framed, latent)
+            for (number, conditioned), latent in zip(mine.items(), latents, strict=True)
+        }
         autoencoder.cpu()
-        return dict(zip(mine, pictures, strict=True))
+        return made
 
-    def _write(self, pictures: Sequence[Image.Image], label: str, done: int) -> None:
+    def _made(self, framed: Framed, latent: Tensor) -> Made:
+        settings = settings_of(framed.request, framed.width, framed.height)
+        return self.kontext.finish(framed, latent), settings
+
+    def _write(self, made: Sequence[Made], label: str, done: int) -> None:
         now, paths = f"{datetime.now():%Y%m%d%H%M%S}", []
-        for i, (sample, picture) in enumerate(zip(self.samples, pictures, strict=True)):
-            framed = sample.conditioned.framed
+        for i, (sample, (picture, settings)) in enumerate(zip(self.samples, made, strict=True)):
             name = f"{self.name}_{label}_{i:02d}_{now}_{sample.request.seed}_000.png"
-            settings = settings_of(sample.request, framed.width, framed.height)
             save_picture(self.folder / name, picture, settings)
             paths.append(self.folder / name)
-        rows = [(*s.references, picture) for s, picture in zip(self.samples, pictures, strict=True)]
+        rows = [(*s.references, picture) for s, (picture, _) in zip(self.samples, made, strict=True)]
         path = self.folder / f"{self.name}_{label}_grid.png"
         save_picture(path, grid(rows), {})
         console.say(f"Samples: {path}")

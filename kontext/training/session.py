@@ -78,7 +78,7 @@ class Session:
         Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved if states are wanted; UserError when
         the loss is no number.
         """
-        with self.journal, Interrupts() as interrupts, Writer() as writer:
+        with self.journal, Interrupts() as interrupts, Writer() as writer, self.team.in_touch():
             saver = self._run(interrupts, writer)
             if self.team.saves:
                 saver.finish()

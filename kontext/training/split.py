@@ -72,10 +72,6 @@ class SplitTeam(Team):
     def run(self, use: Callable[[], T]) -> T:
         return self.entrance(use)
 
-    def deal(self, count: int) -> range:
-        """All of them: no process can use the model without the others."""
-        return range(count)
-
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes the gradients from the split parameters to the parts. torch has left their mean there."""
         for name, part in self.shares.parameters.items():

@@ -1,9 +1,12 @@
 """The processes of a run, on one machine or several: what they must do together."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -80,15 +83,8 @@ class Team:
         return nn.utils.get_total_norm(gradients)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes. Raises UserError when one of them has ended."""
-        if self.size == 1:
-            return values
-        try:
-            return self.accelerator.reduce(values, reduction="sum")
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UserError("Another process of this run has ended; see its own message.") from error
+        """The sum of `values` over all processes."""
+        return values if self.size == 1 else self.accelerator.reduce(values, reduction="sum")
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order: small ones, seldom, for they are copied to and fro."""
@@ -105,10 +101,27 @@ class Team:
         before, self._asked = self._asked, Later(self.sum(torch.full((), float(flag), device=self.device)))
         return before is not None and before.read() > 0
 
+    @contextmanager
+    def in_touch(self) -> Iterator[None]:
+        """Within, whatever fails because another process cannot be reached any more raises a UserError that says so.
+
+        With FSDP that is any use of the model, also within torch's own backward pass.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"Another process of this run has ended; see its own message. ({reason})"
+            ) from error
+
     def finish(self) -> None:
         """Wait until every process has come here, then close logs and the connection."""
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        with self.in_touch():
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

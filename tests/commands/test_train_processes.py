@@ -8,18 +8,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.launch import accelerate_launch, launch, loaded
+from tests.launch import accelerate_launch, encoded, launch, loaded
 from tests.training.command import files, train, words
 from tests.training.dataset import Cached
 
 EPOCHS = 2
 BATCHES = 3  # an epoch, of at most two of the five items: the first process takes two of them
+PROMPTS = ["make it red", "remove it", "make it blue"]
 SETTINGS = f"--max-train-epochs {EPOCHS} --network-dropout 0.1"
 
 
 def prompts(folder: Path, cached: Cached) -> str:
     path = folder / "prompts.txt"
-    lines = ["make it red", f"remove it --ci {cached.reference}", "make it blue"]
+    lines = [PROMPTS[0], f"{PROMPTS[1]} --ci {cached.reference}", PROMPTS[2]]
     path.write_text("\n".join(f"{line} --w 64 --h 64 --s 1 --d {seed}" for seed, line in enumerate(lines)))
     return f"--sample-prompts {path} --sample-at-first --sample-every-n-epochs 1"
 
@@ -59,6 +60,7 @@ def test_two_train_as_one_and_share_items_and_samples(cached: Cached, tmp_path: 
         assert abs(ours["loss"] - other["loss"]) < 1e-5
     assert (sampled / "edit.html").read_text().count('figure class="sample"') == (1 + EPOCHS) * 3
     assert files(sampled) == files(alone)
+    assert encoded(tmp_path / "b") == [PROMPTS[0::2], PROMPTS[1::2]], "each encodes what it draws"
     pictures = [sorted((folder / "sample").iterdir()) for folder in (alone, sampled)]
     assert len(pictures[0]) == len(pictures[1]) == (1 + EPOCHS) * (3 + 1)
     for one, two in zip(*pictures, strict=True):  # names begin with run, epoch and number

@@ -1,9 +1,12 @@
 """What the processes of a run do together; tests/commands/test_train_processes.py has real ones."""
 
+import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kontext.errors import UserError
 from kontext.training import team as module
 from kontext.training.team import Team
 
@@ -34,6 +37,33 @@ def test_every_use_is_dealt_once() -> None:
         dealt = [number for rank in (0, 1) for number in OneOfTwo(rank).deal(count)]
         assert sorted(dealt) == list(range(count))
     assert Team(Accelerator(cpu=True)).gather({"a": torch.ones(1)})[0]["a"] == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16531.\nMore."
+        ),
+        dist.DistNetworkError("recvValue failed"),
+        dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited"),
+    ],
+)
+def test_a_lost_connection_is_told_in_one_sentence(error: RuntimeError) -> None:
+    """Wherever it shows: what torch raises within a backward pass has no type of its own."""
+    said = r"^Another process of this run has ended; see its own message\. \([^\n]+\)$"
+    with pytest.raises(UserError, match=said), Team(Accelerator(cpu=True)).in_touch():
+        raise error
+
+
+def test_other_errors_are_as_they_were() -> None:
+    for error in (
+        RuntimeError("size mismatch"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ValueError("x"),
+    ):
+        with pytest.raises(type(error), match=str(error)), Team(Accelerator(cpu=True)).in_touch():
+            raise error
 
 
 class Doubling(Team):
