@@ -147,14 +147,11 @@ def check_same(whole: Path, broken: Path) -> None:
         assert 2 < best.step < STEPS, "else it would not show whether the best of before is remembered"
 
 
-@pytest.mark.parametrize(
-    ("name", "kills"),
-    [("everything", 2), ("schedulefree", 1), ("whole folder, validation", 1), ("two", 1)],
-)
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(kills: int, runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["everything", "whole folder, validation", "two"])
+def test_a_run_killed_at_random_ends_as_if_it_had_not_been(runs: Runs, tmp_path: Path) -> None:
     seed = random.randrange(1000)
     print("seed", seed)
-    kill_often(runs, tmp_path, kills=kills, seed=seed)
+    kill_often(runs, tmp_path, kills=1, seed=seed)
 
 
 @pytest.mark.slow
