@@ -17,18 +17,9 @@ class DoraLinear(LoraLinear):
     |V|. It is found without making V: |w + u|^2 = |w|^2 + 2 w.u + |u|^2, with u in the factors of the LoRA.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        rank: int,
-        alpha: float,
-        device: torch.device | str | None = None,
-        **dropouts: float,
-    ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, device=device, **dropouts)
-        norm = torch.linalg.vector_norm(plain_weight(base), dim=1, keepdim=True)
-        norm = norm.to(self.lora_down.weight.device)
+    def create(self, device: torch.device | str) -> None:
+        super().create(device)
+        norm = torch.linalg.vector_norm(plain_weight(self.base), dim=1, keepdim=True).to(device)
         self.dora_scale = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm, persistent=False)
 

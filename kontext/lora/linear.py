@@ -34,14 +34,21 @@ class AdapterLinear(nn.Module):
         *,
         rank: int,
         alpha: float,
+        device: torch.device | str | None = None,
         dropout: float = 0.0,
         rank_dropout: float = 0.0,
         module_dropout: float = 0.0,
     ) -> None:
+        """device: of what is learned; by default the base's."""
         super().__init__()
         self.base = base.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.create(device or base.weight.device)
+
+    def create(self, device: torch.device | str) -> None:
+        """Make the parameters."""
+        raise NotImplementedError
 
     @property
     def scale(self) -> float:
@@ -104,19 +111,10 @@ class LoraLinear(AdapterLinear):
     A is `lora_down` (r, in), B is `lora_up` (out, r) and starts at zero.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        rank: int,
-        alpha: float,
-        device: torch.device | str | None = None,
-        **dropouts: float,
-    ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, **dropouts)
-        options = {"bias": False, "device": device or base.weight.device, "dtype": torch.float32}
-        self.lora_down = nn.utils.skip_init(nn.Linear, base.in_features, rank, **options)
-        self.lora_up = nn.utils.skip_init(nn.Linear, rank, base.out_features, **options)
+    def create(self, device: torch.device | str) -> None:
+        options = {"bias": False, "device": device, "dtype": torch.float32}
+        self.lora_down = nn.utils.skip_init(nn.Linear, self.base.in_features, self.rank, **options)
+        self.lora_up = nn.utils.skip_init(nn.Linear, self.rank, self.base.out_features, **options)
         nn.init.zeros_(self.lora_up.weight)
 
     def adapted(self, x: Tensor, rows: slice) -> Tensor:

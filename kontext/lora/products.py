@@ -21,21 +21,10 @@ class LohaLinear(AdapterLinear):
     pass, and made again in the backward pass rather than kept.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        rank: int,
-        alpha: float,
-        device: torch.device | str | None = None,
-        **dropouts: float,
-    ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, **dropouts)
-        home = device or base.weight.device
-        self.hada_w1_a = _zeros(base.out_features, rank, home)
-        self.hada_w1_b = _zeros(rank, base.in_features, home)
-        self.hada_w2_a = _zeros(base.out_features, rank, home)
-        self.hada_w2_b = _zeros(rank, base.in_features, home)
+    def create(self, device: torch.device | str) -> None:
+        outputs, inputs = self.base.out_features, self.base.in_features
+        self.hada_w1_a, self.hada_w2_a = (_zeros(outputs, self.rank, device) for _ in range(2))
+        self.hada_w1_b, self.hada_w2_b = (_zeros(self.rank, inputs, device) for _ in range(2))
 
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
@@ -69,27 +58,19 @@ class LokrLinear(AdapterLinear):
     scale is 1, where the rank is half of w2's larger side or more; else as w2_a (k, r), w2_b (r, n).
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        rank: int,
-        alpha: float,
-        factor: int = -1,
-        device: torch.device | str | None = None,
-        **dropouts: float,
-    ) -> None:
+    def __init__(self, base: nn.Module, *, rank: int, alpha: float, factor: int = -1, **options: Any) -> None:
         self.rows, self.columns = factorise(base.out_features, factor), factorise(base.in_features, factor)
+        self.full = 2 * rank >= max(self.rows[1], self.columns[1])
+        super().__init__(base, rank=rank, alpha=rank if self.full else alpha, **options)
+
+    def create(self, device: torch.device | str) -> None:
         (outer_rows, rows), (outer_columns, columns) = self.rows, self.columns
-        self.full = 2 * rank >= max(rows, columns)
-        super().__init__(base, rank=rank, alpha=rank if self.full else alpha, **dropouts)
-        home = device or base.weight.device
-        self.lokr_w1 = _zeros(outer_rows, outer_columns, home)
+        self.lokr_w1 = _zeros(outer_rows, outer_columns, device)
         if self.full:
-            self.lokr_w2 = _zeros(rows, columns, home)
+            self.lokr_w2 = _zeros(rows, columns, device)
         else:
-            self.lokr_w2_a = _zeros(rows, rank, home)
-            self.lokr_w2_b = _zeros(rank, columns, home)
+            self.lokr_w2_a = _zeros(rows, self.rank, device)
+            self.lokr_w2_b = _zeros(self.rank, columns, device)
 
     @property
     def second(self) -> tuple[nn.Parameter, ...]:

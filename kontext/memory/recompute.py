@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from kontext.memory.copier import Copier
 from kontext.memory.offloading import Shelf
 from kontext.memory.policies import Policies, places
+from kontext.memory.wrapped import Wrapped
 from kontext.model.transformer import Transformer
 
 recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 """True while a block runs, for the first or the second time, that will run again before its backward."""
 
 
-class Recomputed(nn.Module):
+class Recomputed(Wrapped):
     """A transformer block that keeps nothing but its inputs for the backward pass.
 
     With a `shelf` the token streams among these wait in host memory. Gradients equal those of the plain block;
@@ -28,13 +29,8 @@ class Recomputed(nn.Module):
     """
 
     def __init__(self, block: nn.Module, *, shelf: Shelf | None = None) -> None:
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.shelf = shelf
-
-    @property
-    def modulation(self) -> nn.Module:
-        return self.block.modulation
 
     def forward(self, *inputs: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         """Inputs are the block's: one or two token streams, the modulation and the position table."""

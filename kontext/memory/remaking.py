@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kontext.memory.policies import Policies, places
+from kontext.memory.wrapped import Wrapped
 from kontext.model.remade import notes
 from kontext.model.transformer import Transformer
 
@@ -170,17 +171,12 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Remade(nn.Module):
+class Remade(Wrapped):
     """A transformer block of which autograd keeps little; gradients are those of the plain block, to the bit."""
 
     def __init__(self, block: nn.Module, *, selective: bool = False) -> None:
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.selective = selective
-
-    @property
-    def modulation(self) -> nn.Module:
-        return self.block.modulation
 
     def forward(self, *inputs: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         if not torch.is_grad_enabled():

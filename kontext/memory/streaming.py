@@ -22,6 +22,7 @@ from kontext.memory.copier import copier_of
 from kontext.memory.modulation import HostModulation
 from kontext.memory.pinned import pinned
 from kontext.memory.recompute import recomputing
+from kontext.memory.wrapped import Wrapped
 from kontext.model.blocks import Modulation
 from kontext.model.transformer import Transformer
 
@@ -142,17 +143,13 @@ class Ring:
         return None if torch.is_grad_enabled() else 0
 
 
-class Streamed(nn.Module):
+class Streamed(Wrapped):
     """A block whose frozen weights are fetched just before it computes."""
 
     def __init__(self, block: nn.Module, ring: Ring, index: int) -> None:
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.ring = ring
         self.index = index
-
-    def modulation(self, vecs: Sequence[Tensor]) -> list[Tensor]:
-        return self.block.modulation(vecs)
 
     def forward(self, *args: Tensor, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
         self.ring.fetch(self.index)
