@@ -29,6 +29,7 @@ REFUSED = {
 
 # Optimizers that treat every number by itself.
 ELEMENTWISE = ("torch.AdamW", "torch.Adam", "torch.SGD", "schedulefree.AdamWScheduleFree")
+SPLITTABLE = ("adamw", "adamwschedulefree", "sgd")  # names of such
 
 
 def is_whole(options: Train) -> bool:
@@ -66,8 +67,9 @@ def is_split(options: Train, team: Team) -> bool:
     kind = class_of(options.optimizer_type)[0]
     if f"{kind.__module__.partition('.')[0]}.{kind.__name__}" not in ELEMENTWISE:
         raise UserError(
-            f"--optimizer-type {options.optimizer_type} looks at whole weights, of which each process has a part with "
-            "FSDP. Use adamw, adamwschedulefree or sgd."
+            f"--optimizer-type {options.optimizer_type} treats the numbers of a weight together, and with FSDP each "
+            f"process has only a part of them. Use {', '.join(SPLITTABLE[:-1])} or {SPLITTABLE[-1]} (--full-bf16 halves "
+            "what they keep in memory), or launch without --use_fsdp."
         )
     return True
 

@@ -103,7 +103,9 @@ class Weights:
         return self.layout.bytes
 
     def copy(self, path: Path, fields: Mapping[str, str], spec: Mapping[str, str]) -> Job:
-        """Writes at once: a copy of a whole model would need as much memory again."""
+        """Writes at once: a copy of a whole model would need as much memory again, and without one there is time only
+        until the next step of the optimizer, or until the average takes the place of the weights.
+        """
         stored = self.layout.stored()
         if not self.team.leads:
             for name in stored:

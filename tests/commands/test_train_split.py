@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kontext.commands.train_whole import is_split
+from kontext.commands.train_whole import SPLITTABLE, is_split
 from kontext.errors import UserError
 from kontext.options.resolve import resolve
 from kontext.options.train import Train
@@ -86,8 +86,9 @@ def test_two_processes_share_one_model(cached: Cached, tiny_files: TinyFiles, tm
     ("settings", "told"),
     [
         ({"network_module": "lora"}, "FSDP is for --network-module none"),
-        ({"optimizer_type": "adafactor"}, "looks at whole weights"),
-        ({"optimizer_type": "adamw8bit"}, "looks at whole weights"),
+        ({"optimizer_type": "adafactor"}, "adafactor treats .* Use adamw, adamwschedulefree or sgd"),
+        ({"optimizer_type": "adamw8bit"}, "adamw8bit treats .* Use adamw, .* or launch without --use_fsdp"),
+        ({"optimizer_type": "lion8bit"}, "lion8bit treats .*--full-bf16 halves"),
     ],
 )
 def test_what_does_not_go_with_a_shared_model_is_refused(
@@ -100,3 +101,14 @@ def test_what_does_not_go_with_a_shared_model_is_refused(
     assert not is_split(options, SimpleNamespace(size=1))
     with pytest.raises(UserError, match=told):
         is_split(options, SimpleNamespace(size=2))
+
+
+@pytest.mark.parametrize("name", SPLITTABLE)
+def test_the_optimizers_named_instead_go_with_a_shared_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {"dit": tmp_path, "dataset_config": tmp_path, "output_dir": tmp_path, "output_name": "edit"}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert is_split(
+        resolve(Train, {"network_module": "none", "optimizer_type": name} | needed), SimpleNamespace(size=2)
+    )
