@@ -1,5 +1,6 @@
 """`kontext train`: from cached batches to a LoRA file."""
 
+import json
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -52,14 +53,15 @@ def run(options: Train) -> None:
     network = train_network.network(options)
     _check_writable(options.output_dir)
     start = _start(train_hub.fetched_state(options), names)
-    seed = _seed(options.seed, start)
     team = values.team(options)
+    seed = team.gather(_seed(options.seed, start))[0]
     batches = train_data.batches(options, seed)
     if options.show_timesteps:
         return show_timesteps(options, batches, names)
     held = train_data.held(options, names)
     plan = values.plan(options, len(batches.sizes(0)), team.size)
     settings = train_course.course(options, batches, plan, seed)
+    _check_together(team, {"steps done": start.progress.step, **settings})
     _check_same(start, settings, plan)
     run = Run(names, network, start, batches, held, plan, team, seed)
     if options.dry_run or options.vram_budget or options.checkpointing == "auto":
@@ -177,6 +179,23 @@ def _check_same(start: Start, settings: dict[str, object], plan: Plan) -> None:
         console.warn(
             f"{', '.join(told.values())}: the run goes on, but not as it would have without the change."
         )
+
+
+def _check_together(team: Team, found: dict[str, Any]) -> None:
+    """Raises UserError in all processes when one is about to do something else than the first.
+
+    found: what decides how training goes, by the user's names for it.
+    """
+    first, *others = team.gather(json.loads(json.dumps(found)))  # as `changed_settings` compares
+    for rank, other in enumerate(others, 1):
+        if changed := changed_settings(first, other):
+            told = ", ".join(
+                f"{name} is {here} there, {one} in the first" for name, (one, here) in changed.items()
+            )
+            raise UserError(
+                f"Process {rank} would train otherwise than the first: {told}. Give the same command on all machines, "
+                "with dataset, caches and --output-dir on a disk that all of them see."
+            )
 
 
 def _samples(options: Train, kontext: Kontext, team: Team, seed: int) -> list[Sample]:

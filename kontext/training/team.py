@@ -88,7 +88,10 @@ class Team:
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order: small ones, seldom, for they are copied to and fro."""
-        return [value] if self.size == 1 else gather_object([value])
+        if self.size == 1:
+            return [value]
+        with self.in_touch():
+            return gather_object([value])
 
     def deal(self, count: int) -> range:
         """Which of `count` uses of the model, from 0, are this process' part."""

@@ -2,12 +2,19 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
+from kontext.cli import main
+from kontext.commands import train_values
+from kontext.training.team import Team
 from tests.launch import accelerate_launch, encoded, launch, loaded
 from tests.training.command import files, train, words
 from tests.training.dataset import Cached
@@ -67,6 +74,55 @@ def test_two_train_as_one_and_share_items_and_samples(cached: Cached, tmp_path: 
         assert one.name[:16] == two.name[:16]
         if "_000000_" in one.name:  # before training the weights are the very same
             assert Image.open(one).tobytes() == Image.open(two).tobytes()
+
+
+class Second(Team):
+    """The second process of two, as far as it is told what the first has: `first` of what it has itself."""
+
+    def __init__(self, first: Callable[[Any], Any]) -> None:
+        super().__init__(Accelerator(cpu=True))
+        self.first = first
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.first(value), value]
+
+
+def test_a_seed_that_is_drawn_is_the_same_in_all(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would begin with other weights and see other items."""
+    given = words(cached, tmp_path / "given", "--max-train-steps 1 --no-metadata")
+    assert given[(place := given.index("--seed")) + 1] == "42" and main(given) == 0
+    drawn = words(cached, tmp_path / "drawn", "--max-train-steps 1 --no-metadata")
+    del drawn[place : place + 2]
+    monkeypatch.setattr(
+        train_values, "team", lambda _: Second(lambda own: 42 if isinstance(own, int) else own)
+    )
+    assert main(drawn) == 0
+    contents = [(tmp_path / name / "edit.safetensors").read_bytes() for name in ("given", "drawn")]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"steps done": 6}, "steps done is 0 there, 6 in the first"),
+        ({"dataset": "ab12"}, "in the first. Give the same command on all machines, with dataset"),
+    ],
+)
+def test_processes_that_would_not_train_alike_do_not_begin(
+    other: dict[str, Any],
+    told: str,
+    cached: Cached,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Such as one on a machine that does not see the states of the first: they would wait for each other in vain."""
+    mixed = Second(lambda own: own | other if isinstance(own, dict) else own)
+    monkeypatch.setattr(train_values, "team", lambda _: mixed)
+    assert train(cached, tmp_path, "--max-train-steps 1") == 2
+    assert told in " ".join(capfd.readouterr().err.split())
 
 
 def test_when_one_is_killed_the_other_ends_with_an_error(cached: Cached, tmp_path: Path) -> None:
