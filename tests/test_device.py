@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kontext.device import computing_dtype, resolve_device, resolve_dtype
+from kontext import device as devices
+from kontext.device import Precision, precision_of, resolve_device, resolve_dtype, told_precision
 from kontext.errors import UserError
 
 
@@ -39,19 +40,33 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_precisions(capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve_dtype("float32") is torch.float32 and resolve_dtype("bfloat16") is torch.bfloat16
+    cuda = torch.device("cuda")
+    assert told_precision("bfloat16", cuda) == Precision(torch.bfloat16, torch.bfloat16)
     assert capsys.readouterr().err == ""
-    assert resolve_dtype("float16") is torch.float16
+    assert told_precision("float16", cuda) == Precision(torch.float16, torch.float16)
     assert "overflows in float16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_processor_without_bfloat16_is_told_of(
-    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_processor_is_asked(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
-    cpu = torch.device("cpu")
-    for device, name in (cpu, "float32"), (torch.device("cuda"), "bfloat16"):
-        computing_dtype(name, device)
-        assert capsys.readouterr().err == ""
-    assert computing_dtype("bfloat16", cpu, "--vae-dtype") is torch.bfloat16
-    assert ("very slow with it: use --vae-dtype float32" in capsys.readouterr().err) == (not there)
+    computing = precision_of("bfloat16", torch.device("cpu")).computing
+    assert computing is (torch.bfloat16 if there else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_processor_without_16_bits_computes_in_float32_and_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "is_fast", lambda dtype: dtype == torch.float32)
+    cpu, dtype = torch.device("cpu"), resolve_dtype(name)
+    assert told_precision("float32", cpu) == Precision(torch.float32, torch.float32)
+    assert capsys.readouterr().err == ""
+    assert told_precision(name, cpu) == precision_of(name, cpu) == Precision(torch.float32, dtype)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--dtype {name}: this processor has no instructions for it, and computes in float32" in said
+    assert "half the memory of --dtype float32" in said and "overflows" not in said
+    assert told_precision(name, cpu, "--vae-dtype").computing is torch.float32
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--vae-dtype {name}: this processor" in said and "half the memory" not in said
+    assert precision_of(name, torch.device("cuda")) == Precision(dtype, dtype)

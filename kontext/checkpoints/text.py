@@ -11,6 +11,7 @@ from kontext.checkpoints.source import Source, open_source
 from kontext.errors import UserError
 from kontext.model.clip import ACTIVATIONS, ClipConfig, ClipText
 from kontext.model.t5 import T5Config, T5Encoder
+from kontext.quant import keep_in
 
 _T5_EXTRA = r"decoder\.|lm_head\.|spiece_model$|tokenizer_json$|encoder\.embed_tokens\.|shared\."
 _CLIP_EXTRA = (
@@ -21,10 +22,16 @@ _CLIP_HEAD = 64  # channels of an attention head, in all CLIP text models
 
 
 def load_t5(
-    path: Path | str, *, device: torch.device | str, dtype: torch.dtype, fp8: bool = False
+    path: Path | str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    kept: torch.dtype | None = None,
+    fp8: bool = False,
 ) -> T5Encoder:
     """Load T5's encoder, frozen and in evaluation mode; a decoder beside it is left out.
 
+    kept: of the linears' weights, if not `dtype`, which they are computed with in.
     fp8: the linears keep 8 bits a weight: whole numbers with scales, for 8-bit floats make the embeddings
     differ by 4 to 8 % from full precision, whole numbers by 1 to 2 %. Files in fp8 stay as they are.
     In float16 the second half of each MLP stays in float32: it overflows.
@@ -34,8 +41,11 @@ def load_t5(
     source = open_source(path, "T5")
     model, origins = _empty_t5(source)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    narrow = keep_in(model, linears, kept) if kept not in (None, dtype) else set()
 
     def dtype_of(name: str) -> torch.dtype:
+        if name in narrow:
+            return kept
         return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
 
     mode = "int8" if fp8 else None

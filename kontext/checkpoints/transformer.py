@@ -11,9 +11,10 @@ from kontext.checkpoints.reading import Edit, Origin, check, count, fill, stacke
 from kontext.checkpoints.source import Source, open_source
 from kontext.errors import UserError
 from kontext.model.transformer import Transformer, TransformerConfig
-from kontext.quant import Mode
+from kontext.quant import Mode, keep_in
 
 THETA = 10_000.0
+BLOCKS = ("double_blocks.", "single_blocks.")
 
 
 def load_transformer(
@@ -21,12 +22,14 @@ def load_transformer(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    kept: torch.dtype | None = None,
     quantization: Mode | None = None,
     edit: Edit | None = None,
     on_host: Callable[[TransformerConfig], Callable[[str], bool]] | None = None,
 ) -> Transformer:
     """Load a transformer, frozen and in evaluation mode.
 
+    kept: of the weights of the blocks' linears, if not `dtype`, which they are computed with in.
     quantization: keeps the linears of the blocks, but for modulation, in few bits; see `quant.values`. What the
     file has in fp8 stays as it is there, but for "nf4" and "int8_fast".
     edit: called with each tensor's BFL name (`double_blocks.0.img_attn.qkv.weight`) and its value, on
@@ -39,12 +42,13 @@ def load_transformer(
     source = open_source(path, "transformer")
     model, origins = _empty(source)
     linears = {name for name, module in model.named_modules() if is_quantisable(name, module)}
+    narrow = keep_in(model, _inside(model), kept) if kept not in (None, dtype) else set()
     fill(
         model,
         source,
         origins,
         device=device,
-        dtype=lambda _: dtype,
+        dtype=lambda name: kept if name in narrow else dtype,
         select=linears.__contains__,
         mode=quantization,
         edit=edit,
@@ -67,9 +71,15 @@ def _empty(source: Source) -> tuple[Transformer, dict[str, Origin]]:
     return model, origins
 
 
+def _inside(model: Transformer) -> list[str]:
+    """All linears of the blocks, among them those that make the modulation: more than a quarter of FLUX's weights."""
+    found = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in found if name.startswith(BLOCKS)]
+
+
 def is_quantisable(name: str, module: nn.Module) -> bool:
     """The linears of the blocks that work on tokens, not those that make the modulation."""
-    inside = name.startswith(("double_blocks.", "single_blocks."))
+    inside = name.startswith(BLOCKS)
     return inside and isinstance(module, nn.Linear) and not name.endswith((".modulation.lin", "_mod.lin"))
 
 

@@ -15,7 +15,7 @@ from kontext.data.fingerprints import weights_fingerprint
 from kontext.data.items import Skips
 from kontext.data.plan import Entry, plan_blocks
 from kontext.data.sheet import contact_sheet
-from kontext.device import computing_dtype, resolve_device
+from kontext.device import resolve_device, told_precision
 from kontext.errors import UserError
 from kontext.files import atomic_write
 from kontext.memory.tiling import tile
@@ -87,9 +87,9 @@ def _workers(items: int, here: int) -> int:
 
 def _encoder(options: CacheLatents) -> Callable[[Tensor], Tensor]:
     device = resolve_device(options.device)
-    dtype = computing_dtype(options.vae_dtype, device, "--vae-dtype")
+    precision = told_precision(options.vae_dtype, device, "--vae-dtype")
     assert options.vae is not None
-    autoencoder: Autoencoder = load_autoencoder(options.vae, device=device, dtype=dtype)
+    autoencoder: Autoencoder = load_autoencoder(options.vae, device=device, dtype=precision.computing)
     if autoencoder.factor != LATENT_FACTOR:
         raise UserError(
             f"{options.vae}: shrinks pictures by {autoencoder.factor}; FLUX.1's autoencoder does by {LATENT_FACTOR}."
@@ -98,7 +98,7 @@ def _encoder(options: CacheLatents) -> Callable[[Tensor], Tensor]:
 
     @torch.inference_mode()
     def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(images.to(device, dtype))
+        return autoencoder.encode(images.to(device, precision.computing)).to(precision.kept)
 
     return encode
 

@@ -20,7 +20,7 @@ from kontext.commands.caching import Done, find_work, finish
 from kontext.data.encode import encode_texts
 from kontext.data.fingerprints import weights_fingerprint
 from kontext.data.items import Skips
-from kontext.device import computing_dtype, resolve_device
+from kontext.device import resolve_device, told_precision
 from kontext.model.text import encode_clip, encode_t5
 from kontext.options.base import need
 from kontext.options.cache import CacheText
@@ -88,12 +88,14 @@ def _describe(tokenizer: Any) -> list[Any]:
 
 def _encoder(options: CacheText, tokenizers: Tokenizers) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
     device = resolve_device(options.device)
-    dtype = computing_dtype(options.dtype, device)
-    t5 = load_t5(options.text_encoder1, device=device, dtype=dtype, fp8=options.fp8_t5)
-    clip = load_clip(options.text_encoder2, device=device, dtype=dtype)
+    precision = told_precision(options.dtype, device)
+    where = {"device": device, "dtype": precision.computing}
+    t5 = load_t5(options.text_encoder1, kept=precision.kept, fp8=options.fp8_t5, **where)
+    clip = load_clip(options.text_encoder2, **where)
 
     def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
         txt = encode_t5(t5, tokenizers.t5, captions, max_length=options.t5_max_length)
-        return txt, encode_clip(clip, tokenizers.clip, captions)
+        vector = encode_clip(clip, tokenizers.clip, captions)
+        return txt.to(precision.kept), vector.to(precision.kept)  # files are the same from every machine
 
     return encode

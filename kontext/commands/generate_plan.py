@@ -11,7 +11,7 @@ from kontext.commands.memory_table import show_memory
 from kontext.commands.model_sizes import PictureModels, picture_models, text_of, transformer_weights, vae_of
 from kontext.commands.models import placement, quantization
 from kontext.commands.picture_needs import Sizes, largest
-from kontext.device import resolve_dtype
+from kontext.device import precision_of
 from kontext.generation.parts import Loras
 from kontext.generation.request import Request
 from kontext.lora.report import read_adapters
@@ -30,7 +30,7 @@ def read_needs(
     config = empty_transformer(options.dit).config
     read_adapters(loras.paths, config)
     attached = loras.attach or quantization(options, device) is not None
-    itemsize = resolve_dtype(options.dtype).itemsize
+    itemsize = precision_of(options.dtype, device).computing.itemsize
     return needs(
         options,
         config,
@@ -51,12 +51,12 @@ def needs(
     adapter: int = 0,
 ) -> PictureNeeds:
     """adapter: bytes of LoRAs beside the weights."""
-    dtype = resolve_dtype(options.dtype)
+    precision = precision_of(options.dtype, device)
     return PictureNeeds(
-        weights=transformer_weights(config, itemsize=dtype.itemsize, mode=quantization(options, device)),
+        weights=transformer_weights(config, precision, quantization(options, device)),
         pictures=pictures,
-        vae=vae_of(options, models),
-        text=text_of(options, models.text, dtype),
+        vae=vae_of(options, models, device),
+        text=text_of(options, models.text, precision),
         adapter=adapter,
         keep=options.interactive,
         context=CONTEXT if device.type == "cuda" else 0,

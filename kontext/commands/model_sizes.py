@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kontext.checkpoints import empty_autoencoder, empty_clip, empty_t5
-from kontext.device import resolve_dtype
+from kontext.device import Precision, precision_of
 from kontext.memory.needs import Text, Vae
 from kontext.memory.weights import Weights, weights_of
 from kontext.model.autoencoder import AutoencoderConfig
@@ -19,7 +19,7 @@ from kontext.options.generate import Generate
 from kontext.options.train import Train
 from kontext.quant import Mode, quantisable, stored_bytes
 
-ONE_COPY = ("fp8", "nf4")  # forms of weights that are made plain in one step
+ONE_COPY = (None, "fp8", "nf4")  # forms of weights that are made plain in one step
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,40 @@ def _numbers(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def transformer_weights(config: TransformerConfig, *, itemsize: int, mode: Mode | None) -> Weights:
-    """mode: the form of the blocks' linears; None: the compute type, of `itemsize` bytes."""
-    if mode is None:
+def transformer_weights(config: TransformerConfig, precision: Precision, mode: Mode | None) -> Weights:
+    """mode: the form of the blocks' linears on tokens, where it is in few bits."""
+    itemsize, kept = precision.computing.itemsize, precision.kept.itemsize
+    if mode is None and kept == itemsize:
         return weights_of(config, itemsize=itemsize)
-    linear = partial(_linear_bytes, mode=mode, itemsize=itemsize)
-    return weights_of(config, itemsize=itemsize, linear=linear, copies=1 if mode in ONE_COPY else 2)
+    linear = partial(_linear_bytes, mode=mode, kept=kept)
+    return weights_of(config, itemsize=itemsize, linear=linear, copies=_copies(mode), kept=kept)
 
 
-def _linear_bytes(rows: int, columns: int, *, mode: Mode, itemsize: int) -> int:
-    plain = not quantisable((rows, columns), mode)
-    return rows * columns * itemsize if plain else stored_bytes(rows, columns, mode)
+def _linear_bytes(rows: int, columns: int, *, mode: Mode | None, kept: int) -> int:
+    plain = mode is None or not quantisable((rows, columns), mode)
+    return rows * columns * kept if plain else stored_bytes(rows, columns, mode)
 
 
-def vae_of(options: Generate | Train, models: PictureModels, *, tiled: bool = False) -> Vae:
-    itemsize = resolve_dtype(options.vae_dtype).itemsize
-    tiled = tiled or options.vae_tiling == "on"
-    return Vae(models.autoencoder, models.numbers * itemsize, itemsize, tiled)
+def _copies(mode: Mode | None) -> int:
+    """How often a weight that is kept in another form is there in the compute type while it is used."""
+    return 1 if mode in ONE_COPY else 2
 
 
-def text_of(options: Generate | Train, text: TextSizes, dtype: torch.dtype) -> Text:
-    """The encoders in `dtype`; with --fp8-t5 T5's linears in 8 bits."""
+def vae_of(options: Generate | Train, models: PictureModels, device: torch.device) -> Vae:
+    itemsize = precision_of(options.vae_dtype, device).computing.itemsize
+    return Vae(models.autoencoder, models.numbers * itemsize, itemsize, options.vae_tiling == "on")
+
+
+def text_of(options: Generate | Train, text: TextSizes, precision: Precision) -> Text:
+    """The encoders; with --fp8-t5 T5's linears in 8 bits."""
     mode: Mode | None = "int8" if options.fp8_t5 else None
-    linears = sum(
-        count * (stored_bytes(*shape, mode) if mode else shape[0] * shape[1] * dtype.itemsize)
-        for shape, count in text.linears
-    )
+    itemsize, kept = precision.computing.itemsize, precision.kept.itemsize
+    linears = sum(count * _linear_bytes(*shape, mode=mode, kept=kept) for shape, count in text.linears)
     widest = max(rows * columns for (rows, columns), _ in text.linears)
     return Text(
-        weights=linears + text.others * dtype.itemsize,
+        weights=linears + text.others * itemsize,
         heads=text.heads,
         width=text.width,
         length=options.t5_max_length,
-        scratch=2 * widest * dtype.itemsize if mode else 0,
+        scratch=_copies(mode) * widest * itemsize if mode or kept != itemsize else 0,
     )

@@ -3,7 +3,7 @@
 import torch
 
 from kontext.console import notice
-from kontext.device import computing_dtype
+from kontext.device import told_precision
 from kontext.generation.parts import ModelFiles, Runtime
 from kontext.memory.placement import Placement
 from kontext.options.base import flag_name
@@ -26,10 +26,12 @@ def model_files(options: Generate | Train) -> ModelFiles:
 
 def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str, keep: bool) -> Runtime:
     """dtype: the transformer's, by name; keep: as in Runtime."""
+    precision = told_precision(dtype, device)
     return Runtime(
         device=device,
-        dtype=computing_dtype(dtype, device),
-        vae_dtype=computing_dtype(options.vae_dtype, device, "--vae-dtype"),
+        dtype=precision.computing,
+        kept=precision.kept,
+        vae_dtype=told_precision(options.vae_dtype, device, "--vae-dtype").computing,
         vae_tiling=options.vae_tiling,
         quantization=quantization(options, device),
         attention=options.attn_mode,

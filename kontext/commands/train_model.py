@@ -4,7 +4,7 @@ import torch
 
 from kontext import console
 from kontext.commands import train_values, train_whole
-from kontext.device import resolve_dtype
+from kontext.device import precision_of, resolve_dtype
 from kontext.generation.parts import Runtime
 from kontext.generation.pipeline import Kontext
 from kontext.lora.files import load_weights
@@ -33,7 +33,7 @@ def model(
         adapters = _attached(options, transformer, network, seed, runtime.device)
         _spare(options, transformer, runtime)
         return transformer, adapters, team
-    parameters = thaw(transformer, network, stored=runtime.weights or runtime.dtype, rest=runtime.dtype)
+    parameters = thaw(transformer, network, stored=train_whole.stored(options), rest=runtime.dtype)
     together = train_whole.is_split(options, team)
     if not together:
         compute_in(transformer, parameters, runtime.dtype)
@@ -49,9 +49,8 @@ def outline(options: Train, transformer: Transformer, network: Network, team: Te
     """What would be trained of a transformer on the meta device. Raises UserError for weights that do not fit."""
     if not train_whole.is_whole(options):
         return _attached(options, transformer, network, 0, torch.device("meta"))
-    rest = resolve_dtype(train_values.precision(options))
-    stored = rest if options.full_bf16 else torch.float32
-    parameters = thaw(transformer, network, stored=stored, rest=rest)
+    rest = precision_of(train_values.precision(options), team.device).computing
+    parameters = thaw(transformer, network, stored=train_whole.stored(options), rest=rest)
     return Weights(parameters, train_whole.layout(options), team)
 
 

@@ -12,7 +12,7 @@ from kontext.commands.models import quantization
 from kontext.commands.picture_needs import largest, picture_sizes
 from kontext.data.batches import Batches, Group
 from kontext.data.cache import Header, read_header
-from kontext.device import resolve_dtype
+from kontext.device import Precision, precision_of
 from kontext.generation.request import Request
 from kontext.lora.report import read_adapters
 from kontext.memory.choice import Setup
@@ -60,19 +60,19 @@ def outline(options: Train, network: Network, batches: Batches, team: Team, seed
         options,
         transformer.config,
         trained_sizes(options, trained, team.device, processes),
-        largest_work(options, batches),
+        largest_work(options, batches, team.device),
         device=team.device,
         whole_modulation=trains_modulation(transformer),
-        pictures=_pictures(options, samples),
+        pictures=_pictures(options, samples, team.device),
         models=models,
     )
     return Outline(transformer.config, trained, samples, needed, processes)
 
 
-def _pictures(options: Train, samples: tuple[Request, ...]) -> Pictures | None:
+def _pictures(options: Train, samples: tuple[Request, ...], device: torch.device) -> Pictures | None:
     if not samples:
         return None
-    text, itemsize = options.t5_max_length, _dtype(options).itemsize
+    text, itemsize = options.t5_max_length, _precision(options, device).computing.itemsize
     return largest(samples, picture_sizes(samples), text=text, itemsize=itemsize)
 
 
@@ -88,22 +88,25 @@ def needs(
     models: PictureModels | None = None,
 ) -> TrainingNeeds:
     """whole_modulation: as in TrainingNeeds. pictures, models: of the sample pictures, if there are any."""
-    dtype = _dtype(options)
+    precision = _precision(options, device)
+    frozen = (
+        Precision(precision.computing, precision.computing) if train_whole.is_whole(options) else precision
+    )
     return TrainingNeeds(
-        weights=transformer_weights(config, itemsize=dtype.itemsize, mode=quantization(options, device)),
+        weights=transformer_weights(config, frozen, quantization(options, device)),
         trained=trained,
         work=work,
         ahead=WINDOW,
         whole_modulation=whole_modulation,
         pictures=pictures,
-        vae=models and vae_of(options, models),
-        text=models and text_of(options, models.text, dtype),
+        vae=models and vae_of(options, models, device),
+        text=models and text_of(options, models.text, precision),
         context=CONTEXT if device.type == "cuda" else 0,
     )
 
 
-def _dtype(options: Train) -> torch.dtype:
-    return resolve_dtype(values.precision(options))
+def _precision(options: Train, device: torch.device) -> Precision:
+    return precision_of(values.precision(options), device)
 
 
 def asked(options: Train, team: Team) -> Setup:
@@ -130,15 +133,15 @@ def trained_sizes(
     )
     if isinstance(trained, kinds.Adapters):
         return replace(common, ranks=sum(adapter.rank for adapter in trained.adapters.values()))
-    plain = numbers * _dtype(options).itemsize
+    plain = numbers * _precision(options, device).computing.itemsize
     return replace(
         common, replaces=plain, rounded=plain if itemsize * numbers != plain or processes > 1 else 0
     )
 
 
-def largest_work(options: Train, batches: Batches) -> Work:
+def largest_work(options: Train, batches: Batches, device: torch.device) -> Work:
     """The batch of the most tokens."""
-    itemsize = _dtype(options).itemsize
+    itemsize = _precision(options, device).computing.itemsize
     found = [Work(rows(group), tokens(group), itemsize) for group in batches.groups]
     return max(found, key=lambda work: work.batch * work.tokens)
 

@@ -75,9 +75,7 @@ def runtime(options: Train, team: Team) -> Runtime:
     found = model_runtime(options, team.device, dtype=precision(options), keep=True)
     if not train_whole.is_whole(options):
         return found
-    return replace(
-        found, placement=Placement(everything=together), weights=None if options.full_bf16 else torch.float32
-    )
+    return replace(found, placement=Placement(everything=together), weights=train_whole.stored(options))
 
 
 def timesteps(options: Train) -> Timesteps:

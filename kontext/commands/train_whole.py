@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from kontext.checkpoints import open_source
 from kontext.device import resolve_dtype
 from kontext.errors import UserError
@@ -35,6 +37,11 @@ SPLITTABLE = ("adamw", "adamwschedulefree", "sgd")  # names of such
 def is_whole(options: Train) -> bool:
     """Whether the transformer itself is trained."""
     return options.network_module == "none"
+
+
+def stored(options: Train) -> torch.dtype:
+    """What trained weights of the transformer are kept in."""
+    return torch.bfloat16 if options.full_bf16 else torch.float32
 
 
 def check(options: Train) -> None:

@@ -51,13 +51,16 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute. `weights` is the precision that the transformer is loaded in, if not `dtype`. `keep` leaves models loaded between pictures instead of freeing each after use.
+    """Where and how to compute. `kept` is the precision of the large weights of transformer and T5, if not `dtype`;
+    `weights` that of all weights of the transformer, which are to be trained. `keep` leaves models loaded between
+    pictures instead of freeing each after use.
 
     `step_cache`: as in `denoising.denoise`. `placement` is for the transformer; who attaches adapters applies it then.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
+    kept: torch.dtype | None = None
     weights: torch.dtype | None = None
     vae_dtype: torch.dtype = torch.float32
     vae_tiling: Mode = "auto"
@@ -139,7 +142,10 @@ def open_text_encoders(files: ModelFiles, runtime: Runtime) -> TextEncoders:
     clip_tokenizer = load_clip_tokenizer(files.tokenizer2, clip)
     where = {"device": runtime.device, "dtype": runtime.dtype}
     return TextEncoders(
-        load_t5(t5, fp8=runtime.fp8_t5, **where), t5_tokenizer, load_clip(clip, **where), clip_tokenizer
+        load_t5(t5, kept=runtime.kept, fp8=runtime.fp8_t5, **where),
+        t5_tokenizer,
+        load_clip(clip, **where),
+        clip_tokenizer,
     )
 
 
@@ -166,6 +172,7 @@ def open_transformer(
         path,
         device=runtime.device,
         dtype=runtime.weights or runtime.dtype,
+        kept=None if runtime.weights else runtime.kept,
         quantization=runtime.quantization,
         edit=edit,
         on_host=runtime.placement.on_host,

@@ -14,7 +14,7 @@ from torch import Tensor
 from kontext.console import notice
 from kontext.data.images import Size, to_image, to_tensor
 from kontext.denoiser import Conditioning
-from kontext.device import computing_dtype, resolve_device
+from kontext.device import resolve_device, told_precision
 from kontext.errors import UserError
 from kontext.generation.colours import Colours, fit_colours
 from kontext.generation.cut import say_cut
@@ -74,7 +74,8 @@ class Kontext:
         """
         files = ModelFiles(Path(dit), Path(vae), Path(text_encoder1), Path(text_encoder2))
         where = resolve_device(device)
-        runtime = Runtime(where, computing_dtype(dtype, where), keep=True)
+        precision = told_precision(dtype, where)
+        runtime = Runtime(where, precision.computing, precision.kept, keep=True)
         weights = {Path(path): strength for path, strength in (loras or {}).items()}
         return cls(files, runtime, Loras(tuple(weights), tuple(weights.values())))
 

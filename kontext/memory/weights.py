@@ -68,12 +68,17 @@ class Placed:
 
 
 def weights_of(
-    config: TransformerConfig, *, itemsize: int, linear: LinearBytes | None = None, copies: int = 0
+    config: TransformerConfig,
+    *,
+    itemsize: int,
+    linear: LinearBytes | None = None,
+    copies: int = 0,
+    kept: int | None = None,
 ) -> Weights:
     """Counted on a model of one block of each kind, on the meta device.
 
-    itemsize: bytes of a number in the compute type; linear: for the blocks' linears if they are quantised, and copies
-    how often a weight exists in the compute type while it is used.
+    itemsize: bytes of a number in the compute type; linear: for the blocks' linears if they are kept in another, and
+    copies how often a weight exists in the compute type while it is used; kept: the same for a number of modulation's.
     """
     with torch.device("meta"):
         model = Transformer(replace(config, double_blocks=1, single_blocks=1))
@@ -81,13 +86,13 @@ def weights_of(
     widest = max(p.numel() for block in model.blocks() for p in _linears(block).values())
     return Weights(
         config,
-        *(_block_bytes(block, itemsize, linear) for block in model.blocks()),
+        *(_block_bytes(block, itemsize, linear, kept or itemsize) for block in model.blocks()),
         outer=sum(p.numel() for p in model.parameters() if p not in inside) * itemsize,
         scratch=copies * widest * itemsize,
     )
 
 
-def _block_bytes(block: nn.Module, itemsize: int, linear: LinearBytes | None) -> BlockBytes:
+def _block_bytes(block: nn.Module, itemsize: int, linear: LinearBytes | None, kept: int) -> BlockBytes:
     modulation = {p for m in block.modules() if isinstance(m, Modulation) for p in m.parameters()}
     quantised = set(_linears(block).values()) if linear else set()
     sizes = [
@@ -98,7 +103,7 @@ def _block_bytes(block: nn.Module, itemsize: int, linear: LinearBytes | None) ->
     return BlockBytes(
         weights=sum(sizes),
         slab=sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes),
-        modulation=sum(p.numel() for p in modulation) * itemsize,
+        modulation=sum(p.numel() * (kept if p.ndim == 2 else itemsize) for p in modulation),
     )
 
 

@@ -1,7 +1,5 @@
 """Loading a transformer: every layout must compute what diffusers computes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from kontext.checkpoints import load_transformer, open_source, transformer_config
 from kontext.checkpoints.transformer import rope_axes
 from kontext.errors import UserError
-from kontext.model.latents import position_ids
 from kontext.quant import FP8, ProductLinear, QuantisedLinear
 from tests import bfl_names, tiny
 from tests.compare import relative_error
@@ -18,25 +15,6 @@ LAYOUTS = ("dit", "dit_prefixed", "dit_diffusers", "dit_sharded", "pipeline")
 CPU = {"device": "cpu", "dtype": torch.float32}
 MODES = ("fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4")
 QKV = "double_blocks.0.img_attn.qkv"
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    """Two samples: a 4x6 target, a 4x4 reference, text of 5 tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    return SimpleNamespace(
-        img=draw(2, 40, 64),
-        img_ids=torch.cat((position_ids(4, 6), position_ids(4, 4, index=1))),
-        txt=draw(2, 5, tiny.CONTEXT_WIDTH),
-        txt_ids=torch.zeros(5, 3),
-        t=torch.tensor([0.9, 0.25]),
-        vector=draw(2, tiny.VECTOR_WIDTH),
-        guidance=torch.tensor([2.5, 1.0]),
-    )
 
 
 @torch.no_grad()

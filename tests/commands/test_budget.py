@@ -9,6 +9,7 @@ import torch
 
 from kontext.commands import budget
 from kontext.commands.model_sizes import PictureModels, text_of, vae_of
+from kontext.device import Precision
 from kontext.errors import UserError
 from kontext.memory.choice import Setup
 from kontext.memory.estimate import Work
@@ -21,6 +22,7 @@ from tests.commands.published import MODELS
 from tests.memory.test_estimate import MEGAPIXEL, RANK_32, WEIGHTS
 
 CUDA = torch.device("cuda")
+BFLOAT16 = Precision(torch.bfloat16, torch.bfloat16)
 PICTURES = Pictures(MEGAPIXEL, steps=25, pixels=2**20, reference=2**20)
 TRAINING = TrainingNeeds(WEIGHTS, RANK_32, MEGAPIXEL, ahead=32)
 
@@ -105,8 +107,8 @@ def test_the_largest_stage_counts() -> None:
         return replace(
             TRAINING,
             pictures=PICTURES,
-            vae=vae_of(options, MODELS),
-            text=text_of(options, MODELS.text, torch.bfloat16),
+            vae=vae_of(options, MODELS, CUDA),
+            text=text_of(options, MODELS.text, BFLOAT16),
         )
 
     with pytest.raises(UserError, match="in reading the prompt: --fp8-t5 halves that"):
@@ -117,7 +119,7 @@ def test_the_largest_stage_counts() -> None:
 
 def pictures(models: PictureModels = MODELS, **given: object) -> tuple[Generate, Placement]:
     options = Generate(**given)
-    vae, text = vae_of(options, models), text_of(options, models.text, torch.bfloat16)
+    vae, text = vae_of(options, models, CUDA), text_of(options, models.text, BFLOAT16)
     found = budget.for_pictures(options, PictureNeeds(WEIGHTS, PICTURES, vae, text), CUDA)
     swap = found.blocks_to_swap
     return found, Placement("max" if swap == "max" else int(swap), found.modulation == "auto")
@@ -135,7 +137,7 @@ def test_the_autoencoder_works_in_strips_where_it_must() -> None:
     large = replace(PICTURES, work=Work(1, 1000, 2), pixels=4 * 2**20)
     options = Generate(vram_budget="8", fp8_t5=True)
     needs = PictureNeeds(
-        WEIGHTS, large, vae_of(options, MODELS), text_of(options, MODELS.text, torch.bfloat16)
+        WEIGHTS, large, vae_of(options, MODELS, CUDA), text_of(options, MODELS.text, BFLOAT16)
     )
     assert budget.for_pictures(options, needs, CUDA).vae_tiling == "on"
     whole = Generate(vram_budget="8", fp8_t5=True, vae_tiling="off")

@@ -6,42 +6,63 @@ from torch import nn
 
 from kontext.checkpoints import load_autoencoder, load_clip, load_t5, load_transformer
 from kontext.commands.model_sizes import picture_models, text_of, transformer_weights, vae_of
+from kontext.device import Precision
 from kontext.memory.placement import Placement
 from kontext.options.generate import Generate
 from tests.commands.published import MODELS
+from tests.memory.test_placement import REAL
 
 
 def nbytes(*models: nn.Module) -> int:
     return sum(t.nbytes for model in models for t in (*model.parameters(), *model.buffers()))
 
 
+CPU = torch.device("cpu")
+BFLOAT16 = Precision(torch.bfloat16, torch.bfloat16)
+PRECISIONS = [Precision(torch.float32, torch.float32), Precision(torch.float32, torch.bfloat16), BFLOAT16]
+
+
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_text_encoders(tiny_files, dtype, fp8):
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_text_encoders(tiny_files, precision, fp8):
     options = Generate(
         vae=tiny_files.vae, text_encoder1=tiny_files.t5, text_encoder2=tiny_files.clip, fp8_t5=fp8
     )
-    t5 = load_t5(tiny_files.t5, device="cpu", dtype=dtype, fp8=fp8)
-    clip = load_clip(tiny_files.clip, device="cpu", dtype=dtype)
-    assert text_of(options, picture_models(options).text, dtype).weights == nbytes(t5, clip)
+    t5 = load_t5(tiny_files.t5, device="cpu", dtype=precision.computing, kept=precision.kept, fp8=fp8)
+    clip = load_clip(tiny_files.clip, device="cpu", dtype=precision.computing)
+    assert text_of(options, picture_models(options).text, precision).weights == nbytes(t5, clip)
 
 
-def test_the_autoencoder(tiny_files):
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_autoencoder(tiny_files, monkeypatch, fast):
+    monkeypatch.setattr("kontext.device.is_fast", lambda dtype: fast)
     options = Generate(
         vae=tiny_files.vae, text_encoder1=tiny_files.t5, text_encoder2=tiny_files.clip, vae_dtype="bfloat16"
     )
-    loaded = load_autoencoder(tiny_files.vae, device="cpu", dtype=torch.bfloat16)
-    assert vae_of(options, picture_models(options)).weights == nbytes(loaded)
+    loaded = load_autoencoder(tiny_files.vae, device="cpu", dtype=torch.bfloat16 if fast else torch.float32)
+    assert vae_of(options, picture_models(options), CPU).weights == nbytes(loaded)
 
 
 @pytest.mark.parametrize("mode", [None, "fp8", "fp8_scaled", "int8", "nf4"])
-def test_the_transformer(tiny_files, mode):
-    loaded = load_transformer(tiny_files.dit, device="cpu", dtype=torch.bfloat16, quantization=mode)
-    weights = transformer_weights(loaded.config, itemsize=2, mode=mode)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_the_transformer(tiny_files, precision, mode):
+    loaded = load_transformer(
+        tiny_files.dit, device="cpu", dtype=precision.computing, kept=precision.kept, quantization=mode
+    )
+    weights = transformer_weights(loaded.config, precision, mode)
     assert weights.placed(Placement()).device == nbytes(loaded)
+
+
+def test_flux_takes_little_over_two_bytes_a_weight():
+    """23.8 GB in bfloat16, and 0.2 more where what belongs to no block is float32; 47.6 in float32."""
+    kept = transformer_weights(REAL, Precision(torch.float32, torch.bfloat16), None)
+    plain, double = transformer_weights(REAL, BFLOAT16, None), transformer_weights(REAL, PRECISIONS[0], None)
+    found, least, most = (each.placed(Placement()).device for each in (kept, plain, double))
+    assert least < found < least * 1.01 and most == 2 * least
+    assert kept.scratch < 0.3e9
 
 
 def test_the_published_text_encoders():
     """T5-XXL's encoder has 4.76 thousand million parameters, CLIP-L's text model 123 million."""
-    text = text_of(Generate(), MODELS.text, torch.bfloat16)
+    text = text_of(Generate(), MODELS.text, BFLOAT16)
     assert text.weights == 2 * (4_762_310_656 + 123_060_480)

@@ -77,6 +77,21 @@ def test_a_lora_is_merged_into_whole_weights_and_attached_to_quantised_ones(tiny
     assert torch.allclose(weight_of(attached) - weight_of(plain), torch.full((64, 64), 0.25), atol=1e-6)
 
 
+def test_a_lora_is_merged_in_float32_and_rounded_once_into_16_bits(tiny_files, lora):
+    """Also where 16 bits are only what weights are kept in."""
+    files = ModelFiles(dit=tiny_files.dit)
+    base = load_file(tiny_files.dit)["double_blocks.0.img_attn.proj.weight"]
+    for runtime in (replace(RUNTIME, kept=torch.bfloat16), replace(RUNTIME, dtype=torch.bfloat16)):
+        merged, strengths = open_transformer(files, runtime, lora, lora.multipliers)
+        assert strengths is None
+        assert torch.equal(merged.double_blocks[0].img_attn.proj.weight, (base + 0.5).bfloat16())
+    attached, strengths = open_transformer(
+        files, replace(RUNTIME, kept=torch.bfloat16), replace(lora, attach=True), lora.multipliers
+    )
+    assert len(strengths) == 1
+    assert torch.allclose(weight_of(attached), base.bfloat16().float() + 0.5, atol=1e-6)
+
+
 def test_no_lora_is_merged_into_weights_of_4_bits(tiny_files, lora):
     """Not even where merging is asked for, as --base-weights does: it says what to do instead."""
     files, runtime = ModelFiles(dit=tiny_files.dit), replace(RUNTIME, quantization="nf4")
