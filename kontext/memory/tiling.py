@@ -28,6 +28,8 @@ from kontext.model.autoencoder import (
     Upsample,
     attend,
 )
+from kontext.model.convolution import Conv3x3, empty_like, with_neighbours
+from kontext.model.group_norm import by_channel
 
 STRIP_BYTES = 16 * 2**20
 
@@ -96,24 +98,23 @@ def _layers(levels: Iterable[Level]) -> Iterator[nn.Module]:
 
 def _run(model: Encoder | Decoder, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """All layers in one loop: nested calls would each keep the map that they began with."""
-    x = conv(model.conv_in, _rows_of(x), _empty(x, model.conv_in.out_channels))
+    x = conv(model.conv_in, _rows_of(x), _like(x, model.conv_in))
     for layer in layers:
         x = WORKERS[type(layer)](layer, x)
-    return conv(
-        model.conv_out, _activated(norm(model.norm_out, x), x), _empty(x, model.conv_out.out_channels)
-    )
+    return conv(model.conv_out, _activated(norm(model.norm_out, x), x), _like(x, model.conv_out))
 
 
 def resnet(block: ResnetBlock, x: Tensor) -> Tensor:
     """A ResnetBlock. Its result takes the place of its inner feature map, strip by strip."""
-    hidden = conv(block.conv1, _activated(norm(block.norm1, x), x), _empty(x, block.conv1.out_channels))
+    hidden = conv(block.conv1, _activated(norm(block.norm1, x), x), _like(x, block.conv1))
     normed = norm(block.norm2, hidden)
     above = hidden[:, :, :0]  # the row above the strip, as it was before the result took its place
     for top, bottom in strips(x, hidden):
         rows = torch.cat((above, hidden[:, :, top : bottom + 1]), 2)
         above = hidden[:, :, bottom - 1 : bottom].clone()
-        update = _conv(block.conv2, F.silu(normed(rows), inplace=True), top == 0, bottom == x.shape[2])
-        hidden[:, :, top:bottom] = update.add_(block.shortcut(x[:, :, top:bottom]))
+        own = hidden[:, :, top:bottom]
+        _conv(block.conv2, F.silu(normed(rows), inplace=True), own, top == 0, bottom == x.shape[2])
+        own += block.shortcut(x[:, :, top:bottom])
     return hidden
 
 
@@ -130,7 +131,7 @@ def attention(block: AttnBlock, x: Tensor) -> Tensor:
 def downsample(part: Downsample, x: Tensor) -> Tensor:
     """A Downsample: row i of the result is made of rows 2 i to 2 i + 2, of which the last may be outside."""
     height = x.shape[2] // 2
-    out = _empty(x, part.conv.out_channels, height, x.shape[3] // 2)
+    out = empty_like(x, part.conv.out_channels, height, x.shape[3] // 2)
     for top, bottom in strips(x, out, height=height):
         rows = x[:, :, 2 * top : 2 * bottom + 1]
         outside = 2 * bottom + 1 > x.shape[2]
@@ -140,12 +141,10 @@ def downsample(part: Downsample, x: Tensor) -> Tensor:
 
 def upsample(part: Upsample, x: Tensor) -> Tensor:
     """An Upsample; the doubled rows exist for a strip only."""
-
-    def read(top: int, bottom: int) -> Tensor:
-        rows = F.interpolate(x[:, :, top // 2 : (bottom + 1) // 2], scale_factor=2.0, mode="nearest")
-        return rows[:, :, top % 2 : top % 2 + bottom - top]
-
-    return conv(part.conv, read, _empty(x, part.conv.out_channels, 2 * x.shape[2], 2 * x.shape[3]))
+    out = empty_like(x, part.conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
+    for top, bottom in strips(out, height=x.shape[2]):
+        part.conv.rows(with_neighbours(x, top, bottom), out[:, :, 2 * top : 2 * bottom])
+    return out
 
 
 WORKERS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -156,41 +155,26 @@ WORKERS: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
-def conv(layer: nn.Conv2d, read: Read, out: Tensor) -> Tensor:
+def conv(layer: Conv3x3, read: Read, out: Tensor) -> Tensor:
     """A 3x3 convolution of the map that `read` reads, of out's height and width, into out."""
     height = out.shape[2]
     for top, bottom in strips(out, channels=layer.in_channels):
         rows = read(max(top - 1, 0), min(bottom + 1, height))
-        out[:, :, top:bottom] = _conv(layer, rows, top == 0, bottom == height)
+        _conv(layer, rows, out[:, :, top:bottom], top == 0, bottom == height)
     return out
 
 
-def _conv(layer: nn.Conv2d, rows: Tensor, first: bool, last: bool) -> Tensor:
-    """rows: of a strip, with one more on each side but where the picture ends."""
+def _conv(layer: Conv3x3, rows: Tensor, out: Tensor, first: bool, last: bool) -> None:
+    """rows: of the strip `out`, with one more on each side but where the picture ends."""
     if first or last:
         rows = F.pad(rows, (0, 0, int(first), int(last)))
-    return F.conv2d(rows, layer.weight, layer.bias, padding=(0, 1))
+    layer.rows(rows, out)
 
 
 def norm(layer: nn.GroupNorm, x: Tensor) -> Norm:
-    """The group norm of x, to be applied to parts of it: x * scale + shift by channel.
-
-    Means and variances of strips are joined as in Chan, Golub & LeVeque 1983.
-    """
-    exact = torch.promote_types(x.dtype, torch.float32)
-    count, mean, squares = 0, 0.0, 0.0
-    for top, bottom in strips(x):
-        groups = x[:, :, top:bottom].unflatten(1, (layer.num_groups, -1))
-        variance, own = (t.double() for t in torch.var_mean(groups.to(exact), (2, 3, 4), correction=0))
-        more = groups[0, 0].numel()
-        squares = squares + variance * more + (own - mean).square() * (count * more / (count + more))
-        mean = mean + (own - mean) * (more / (count + more))
-        count += more
-    members = x.shape[1] // layer.num_groups
-    scale = (squares / count + layer.eps).rsqrt().repeat_interleave(members, 1) * layer.weight
-    shift = layer.bias - mean.repeat_interleave(members, 1) * scale
-    scale, shift = (t.to(exact)[..., None, None] for t in (scale, shift))
-    return lambda rows: torch.addcmul(shift, rows.to(exact), scale).to(x.dtype)
+    """The group norm of x, to be applied to parts of it."""
+    scale, shift = by_channel(layer, x, (x[:, :, top:bottom] for top, bottom in strips(x)))
+    return lambda rows: torch.addcmul(shift, rows.to(scale.dtype), scale).to(x.dtype)
 
 
 def _activated(normed: Norm, x: Tensor) -> Read:
@@ -216,7 +200,5 @@ def strips(*maps: Tensor, channels: int = 0, height: int | None = None) -> Itera
         yield top, min(top + rows, height)
 
 
-def _empty(x: Tensor, channels: int, height: int | None = None, width: int | None = None) -> Tensor:
-    """A map like x with so many channels, its channels lying together."""
-    shape = (len(x), channels, height or x.shape[2], width or x.shape[3])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _like(x: Tensor, layer: Conv3x3) -> Tensor:
+    return empty_like(x, layer.out_channels, x.shape[2], x.shape[3])

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kontext.model.convolution import Conv3x3, DoublingConv3x3
+from kontext.model.group_norm import GroupNorm
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -33,24 +36,24 @@ class AutoencoderConfig:
         return tuple(self.width * m for m in self.multipliers)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(channels: int) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels, out_channels)
         self.norm2 = group_norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.shortcut(x)
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
         return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
@@ -91,10 +94,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = DoublingConv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class Level(nn.Module):
@@ -131,19 +134,19 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
         self.down = nn.ModuleList(Level(a, b, config.res_blocks) for a, b in pairwise((widths[0], *widths)))
         for level, channels in zip(self.down[:-1], widths, strict=False):
             level.downsample = Downsample(channels)
         self.mid = Middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -152,20 +155,20 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv3x3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1])
         steps = pairwise((*widths, widths[-1]))
         self.up = nn.ModuleList(Level(a, b, config.res_blocks + 1) for b, a in steps)
         for level, channels in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = Upsample(channels)
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[0], config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class Autoencoder(nn.Module):

@@ -1,7 +1,8 @@
-"""The autoencoder's interface. Its numbers are compared with diffusers' in tests/checkpoints."""
+"""The autoencoder's interface. Small ones of each layout are compared with diffusers' in tests/checkpoints."""
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kontext.checkpoints import load_autoencoder
 from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
@@ -37,3 +38,27 @@ def test_encoding_is_deterministic(tiny_files):
     model = load_autoencoder(tiny_files.vae, device="cpu", dtype=torch.float32)
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(model.encode(images), model.encode(images))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (72, 88)])
+@torch.no_grad()
+def test_levels_of_many_channels_agree_with_diffusers(tmp_path, height, width):
+    """Those with fewer products, on maps of which not all heights are fours of rows. Compared in float64."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKL(
+        block_out_channels=(64, 128),
+        latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    save_file(theirs.state_dict(), tmp_path / "vae.safetensors")
+    ours = load_autoencoder(tmp_path / "vae.safetensors", device="cpu", dtype=torch.float32)
+    images = torch.rand(1, 3, height, width) * 2 - 1
+    exact = theirs.double().encode(images.double()).latent_dist.mean
+    found = ours.encode(images) / ours.config.scale + ours.config.shift
+    assert relative_error(found, exact) < 1e-5
+    assert relative_error(ours.decode(ours.encode(images)), theirs.decode(found.double()).sample) < 1e-5
