@@ -4,7 +4,8 @@ The transformer is measured twice: the velocity of all tokens on both sides, and
 it. Then ours computes in its last block what the target needs, and has text, reference, positions and the level's
 modulation ready; diffusers computes everything in every step and drops what it does not need.
 
-Options: --bfloat16 adds that type (slow on a CPU without its instructions), --rounds n, --threads n.
+Options: --bfloat16 adds that type (diffusers is slow with it on a CPU without its instructions, where ours computes in
+float32), --rounds n, --threads n.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import argparse
 import torch
 from autoencoders import autoencoder_pair
 from card import Sizes
-from giants import Picture, narrow, ours, random_weights, theirs
+from giants import Picture, exact, narrow, ours, random_weights, theirs
 from paired import header, paired, relative_error
+from torch import Tensor
 
 from kontext.allocation import reuse_freed_memory
 from kontext.model.latents import pack
@@ -26,14 +28,22 @@ def transformer(dtype: torch.dtype, rounds: int) -> None:
     weights, picture = random_weights(sizes.config, CPU, dtype), Picture.random(sizes, CPU, dtype)
     mine, peer = ours(sizes.config, weights), theirs(sizes.config, weights)
     step = picture.step(mine)
-    for what, run, other in (
-        ("all tokens", picture.whole(mine), picture.peer(peer)),
-        ("a step of sampling", lambda: pack(step()), picture.peer_step(peer)),
+    right, same = exact(sizes.config, weights), picture.to(torch.float32)
+    for what, run, other, true in (
+        ("all tokens", picture.whole(mine), picture.peer(peer), same.peer(right)),
+        ("a step of sampling", lambda: pack(step()), picture.peer_step(peer), same.peer_step(right)),
     ):
-        error = relative_error(run(), other())
+        told = errors(run(), other(), true())
         name = f"transformer, width 512, 2 + 4 blocks, {sizes.tokens} tokens, {dtype}, {what}"
         result = paired(run, other, rounds=rounds)
-        print(result.row(f"{name} (difference {error:.1e})".replace("torch.", "")))
+        print(result.row(f"{name} ({told})".replace("torch.", "")))
+
+
+def errors(mine: Tensor, peer: Tensor, true: Tensor) -> str:
+    """true: what diffusers computes in float32."""
+    if torch.equal(peer, true):
+        return f"difference {relative_error(mine, peer):.1e}"
+    return f"error {relative_error(mine, true):.1e}, theirs {relative_error(peer, true):.1e}"
 
 
 def autoencoder(rounds: int) -> None:

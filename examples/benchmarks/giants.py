@@ -9,8 +9,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from kontext.checkpoints.names import SWAPPED, diffusers_modules, part_sizes
-from kontext.checkpoints.transformer import is_quantisable
+from kontext.checkpoints.transformer import block_linears, is_quantisable
 from kontext.denoiser import Conditioning, Denoiser, reference_ids
+from kontext.device import precision_of
 from kontext.lora.adapter import attach
 from kontext.lora.deltas import swap_halves
 from kontext.memory.placement import Placement
@@ -19,7 +20,7 @@ from kontext.memory.recompute import recompute_blocks
 from kontext.memory.remaking import remake_blocks
 from kontext.model.latents import PATCH, pack, position_ids
 from kontext.model.transformer import Modulations, Transformer, TransformerConfig
-from kontext.quant import Mode, quantise, quantised_linear
+from kontext.quant import Mode, keep_in, quantise, quantised_linear
 
 FLUX = TransformerConfig(
     in_channels=64,
@@ -62,7 +63,9 @@ def narrow(width: int, double: int, single: int) -> TransformerConfig:
     )
 
 
-GUIDANCE = 2.5
+# diffusers rounds both, times 1000, to the model's type: these are the same number in bfloat16.
+GUIDANCE = 2.0
+LEVEL = 0.5
 
 Weights = dict[str, Tensor]
 
@@ -93,8 +96,14 @@ def shapes(config: TransformerConfig) -> dict[str, torch.Size]:
 
 
 def ours(config: TransformerConfig, weights: Weights) -> Transformer:
+    """As the commands arrange it where --dtype is the weights' type."""
     with torch.device("meta"):
         model = Transformer(config)
+    first = weights["img_in.weight"]
+    precision = precision_of(str(first.dtype).removeprefix("torch."), first.device)
+    if precision.computing != precision.kept:
+        narrow = keep_in(model, block_linears(model), precision.kept)
+        weights = {n: w if n in narrow else w.to(precision.computing) for n, w in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -122,6 +131,11 @@ def theirs(config: TransformerConfig, weights: Weights) -> FluxTransformer2DMode
             state[f"{part}.{'weight' if kind == 'scale' else kind}"] = values
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def exact(config: TransformerConfig, weights: Weights) -> FluxTransformer2DModel:
+    """diffusers' in float32: what both sides are to compute in any precision."""
+    return theirs(config, {name: tensor.float() for name, tensor in weights.items()})
 
 
 def rounded(model: Transformer, mode: Mode) -> Transformer:
@@ -165,7 +179,7 @@ class Picture:
 
     @classmethod
     def random(
-        cls, sizes: Sizes, device: torch.device, dtype: torch.dtype, *, level: float = 0.7
+        cls, sizes: Sizes, device: torch.device, dtype: torch.dtype, *, level: float = LEVEL
     ) -> "Picture":
         generator = torch.Generator().manual_seed(1)
 
@@ -175,12 +189,17 @@ class Picture:
         config, edge = sizes.config, sizes.side * PATCH
         channels = config.in_channels // PATCH**2
         return cls(
-            draw(1, channels, edge, edge),
+            draw(1, channels, edge, edge).to(dtype).float(),
             draw(1, channels, edge, edge).to(dtype),
             draw(1, sizes.text, config.context_width).to(dtype),
             draw(1, config.vector_width).to(dtype),
             level,
         )
+
+    def to(self, dtype: torch.dtype) -> "Picture":
+        """The same numbers, for a model that computes in `dtype`."""
+        parts = {name: getattr(self, name).to(dtype) for name in ("reference", "txt", "vector")}
+        return replace(self, **parts)
 
     def denoiser(self, model: Transformer) -> Denoiser:
         return Denoiser(model, Conditioning(self.txt, self.vector, (self.reference,), GUIDANCE))
@@ -215,10 +234,11 @@ class Picture:
 
     def whole(self, model: Transformer) -> Callable[[], Tensor]:
         """The velocity of all tokens, also of the reference's, which nothing needs: (1, L, 64)."""
-        tokens, ids = self.tokens()
+        same = self.to(model.img_in.weight.dtype)
+        tokens, ids = same.tokens()
         txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=self.txt.device)
         t, guidance = torch.tensor([[self.level], [GUIDANCE]], device=self.txt.device)
-        return lambda: model(tokens, ids[None], self.txt, txt_ids, t, self.vector, guidance)
+        return lambda: model(tokens, ids[None], same.txt, txt_ids, t, same.vector, guidance)
 
     def peer(self, model: FluxTransformer2DModel) -> Callable[[], Tensor]:
         """The same of diffusers' model, which computes all tokens: (1, L, 64)."""

@@ -8,7 +8,8 @@ measured with the loss on all tokens. The optimizer is AdamW: ours as `kontext t
 training scripts do. "Kept" is what autograd keeps between forward and backward, every piece of storage counted once;
 "peak" the most that a step allocates at one time.
 
-Options: --large (width 512, 2,560 tokens) instead of the small size, --rounds n, --device cuda.
+Options: --large (width 512, 2,560 tokens) instead of the small size, --rounds n, --device cuda
+(then in bfloat16), --bfloat16 (on a CPU without its instructions theirs is slow, and ours computes in float32).
 """
 
 import argparse
@@ -18,7 +19,7 @@ from itertools import accumulate
 
 import torch
 from card import Sizes
-from giants import Picture, Setup, narrow, ours, random_weights, theirs
+from giants import Picture, Setup, Weights, exact, narrow, ours, random_weights, theirs
 from paired import header, paired
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -109,8 +110,7 @@ CASES = (
 )
 
 
-def measure(sizes: Sizes, case: Case, *, rounds: int, device: torch.device) -> None:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def measure(sizes: Sizes, case: Case, *, rounds: int, device: torch.device, dtype: torch.dtype) -> None:
     weights, picture = random_weights(sizes.config, device, dtype), Picture.random(sizes, device, dtype)
     mine, peer = ours(sizes.config, weights), theirs(sizes.config, weights)
     Setup(rank=sizes.rank, policy="whole" if case.ours else "none").apply(mine, device)
@@ -122,16 +122,28 @@ def measure(sizes: Sizes, case: Case, *, rounds: int, device: torch.device) -> N
         runs = picture.whole(mine), picture.peer(peer)
     else:
         runs = (lambda: picture.velocity(mine)), picture.peer_step(peer)
+    true = exact_loss(sizes, weights, picture, whole=case.whole)
     kept = [kept_megabytes(run, model) for run, model in zip(runs, (mine, peer), strict=True)]
     steps = [step_of(runs[0], our_optimizer(mine)), step_of(runs[1], peer_optimizer(peer))]
     losses = [step() for step in steps]  # also makes the optimizers' state, which is not the step's
     peaks = [peak_megabytes(step, device.type) for step in steps]
     result = paired(*steps, rounds=rounds)
-    error = abs(losses[0] / losses[1] - 1)
+    errors = [abs(loss / true - 1) for loss in losses]
     what = f"width {sizes.config.width}, {sizes.tokens} tokens, rank {sizes.rank}, {dtype}, {case.name}"
-    print(result.row(f"{what} (losses differ by {error:.0e})".replace("torch.", "")))
+    print(
+        result.row(
+            f"{what} (error of the loss {errors[0]:.0e}, theirs {errors[1]:.0e})".replace("torch.", "")
+        )
+    )
     for name, (ours_, other) in {"kept": kept, "peak": peaks}.items():
         print(f"    {name}: {ours_:.0f} and {other:.0f} MB ({ours_ / other:.2f})")
+
+
+@torch.no_grad()
+def exact_loss(sizes: Sizes, weights: Weights, picture: Picture, *, whole: bool) -> float:
+    """Of diffusers' model in float32: new adapters change nothing."""
+    model, same = exact(sizes.config, weights), picture.to(torch.float32)
+    return (same.peer(model) if whole else same.peer_step(model))().square().mean().item()
 
 
 def main() -> None:
@@ -141,13 +153,15 @@ def main() -> None:
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bfloat16", action="store_true")
     options = parser.parse_args()
     width, side = (512, 32) if options.large else (256, 16)
     sizes = Sizes(narrow(width, double=2, single=4), text=512, side=side, rank=RANK)
+    dtype = torch.bfloat16 if options.bfloat16 or options.device == "cuda" else torch.float32
     reuse_freed_memory()  # as every command does
     print(header(f"LoRA step against diffusers + peft, {options.device}, {torch.get_num_threads()} threads"))
     for case in CASES:
-        measure(sizes, case, rounds=options.rounds, device=torch.device(options.device))
+        measure(sizes, case, rounds=options.rounds, device=torch.device(options.device), dtype=dtype)
 
 
 if __name__ == "__main__":

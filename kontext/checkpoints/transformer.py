@@ -42,7 +42,7 @@ def load_transformer(
     source = open_source(path, "transformer")
     model, origins = _empty(source)
     linears = {name for name, module in model.named_modules() if is_quantisable(name, module)}
-    narrow = keep_in(model, _inside(model), kept) if kept not in (None, dtype) else set()
+    narrow = keep_in(model, block_linears(model), kept) if kept not in (None, dtype) else set()
     fill(
         model,
         source,
@@ -71,7 +71,7 @@ def _empty(source: Source) -> tuple[Transformer, dict[str, Origin]]:
     return model, origins
 
 
-def _inside(model: Transformer) -> list[str]:
+def block_linears(model: Transformer) -> list[str]:
     """All linears of the blocks, among them those that make the modulation: more than a quarter of FLUX's weights."""
     found = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return [name for name in found if name.startswith(BLOCKS)]
