@@ -132,7 +132,15 @@ def trained_sizes(
         numbers // processes, optimizer // processes, itemsize, averaged=options.ema_decay is not None
     )
     if isinstance(trained, kinds.Adapters):
-        return replace(common, ranks=sum(adapter.rank for adapter in trained.adapters.values()))
+        adapters = trained.adapters.values()
+        dense = max(each.dense * each.base.out_features * each.base.in_features for each in adapters)
+        return replace(
+            common,
+            ranks=sum(adapter.rank for adapter in adapters),
+            outputs=any(adapter.keeps_output for adapter in adapters),
+            scratch=dense * _precision(options, device).computing.itemsize,
+            units=max(adapter.units for adapter in adapters),
+        )
     plain = numbers * _precision(options, device).computing.itemsize
     return replace(
         common, replaces=plain, rounded=plain if itemsize * numbers != plain or processes > 1 else 0

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kontext.lora.adapted import Frozen, stretched_product
 from kontext.lora.build import Misfit
 from kontext.lora.deltas import Decomposed, Delta
 from kontext.lora.linear import LoraLinear, plain_weight
+from kontext.model.outputs import rows_of
 
 
 class DoraLinear(LoraLinear):
@@ -17,6 +19,8 @@ class DoraLinear(LoraLinear):
     |V|. It is found without making V: |w + u|^2 = |w|^2 + 2 w.u + |u|^2, with u in the factors of the LoRA.
     """
 
+    keeps_output = True
+
     def create(self, device: torch.device | str) -> None:
         super().create(device)
         norm = torch.linalg.vector_norm(plain_weight(self.base), dim=1, keepdim=True).to(device)
@@ -24,11 +28,10 @@ class DoraLinear(LoraLinear):
         self.register_buffer("base_norm", norm, persistent=False)
 
     def adapted(self, x: Tensor, rows: slice) -> Tensor:
-        change = self.change(x)
-        result = self.base(x)
         gain = (self.dora_scale / self.direction_norm(x.dtype)).squeeze(1)
-        whole = result + (gain - 1).to(x.dtype) * self._without_bias(result) + gain.to(x.dtype) * change
-        return whole[..., rows]
+        down, up = self.lora_down.weight, rows_of(self.lora_up.weight, rows)
+        base = Frozen.of(self.base, rows)
+        return stretched_product(x, base, down, up, self.scale, gain[rows], mask=self.mask(x))
 
     @torch.no_grad()
     def direction_norm(self, dtype: torch.dtype) -> Tensor:

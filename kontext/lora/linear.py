@@ -5,12 +5,13 @@ learned is float32 whatever the base is, and is cast to x's dtype in the forward
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kontext.lora.adapted import adapted_product
+from kontext.lora.adapted import Frozen, low_rank_product
 from kontext.lora.build import Misfit
 from kontext.lora.deltas import Delta
 from kontext.lora.fuse import fuse
@@ -26,7 +27,14 @@ class AdapterLinear(nn.Module):
     only.
 
     The names of its parameters, without those of `base`, are the parts' names in a file of kohya or LyCORIS.
+
+    Of memory, for `memory.estimate`: whether autograd keeps its output; the most tensors of the weight's size that its
+    backward pass makes; and what a block's pass takes for it beside these, in units.
     """
+
+    keeps_output: ClassVar[bool] = False
+    dense: ClassVar[int] = 0
+    units: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -76,10 +84,10 @@ class AdapterLinear(nn.Module):
 
     def adapted(self, x: Tensor, rows: slice) -> Tensor:
         change = self.change(x)[..., rows]
-        return some_outputs(self.base, x, rows) + change
+        return some_outputs(self.base, x, rows).add_(change, alpha=self.scale)
 
     def change(self, x: Tensor) -> Tensor:
-        """scale * dW x."""
+        """dW x."""
         raise NotImplementedError
 
     def draw(self, generator: torch.Generator) -> None:
@@ -118,21 +126,14 @@ class LoraLinear(AdapterLinear):
         nn.init.zeros_(self.lora_up.weight)
 
     def adapted(self, x: Tensor, rows: slice) -> Tensor:
-        """B A x is added into W0 x by the product itself: no pass over memory beside the two."""
-        down, up = self.lora_down.weight, self.lora_up.weight
+        down, up = self.lora_down.weight, rows_of(self.lora_up.weight, rows)
+        return low_rank_product(x, Frozen.of(self.base, rows), down, up, self.scale, mask=self.mask(x))
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What dropout multiplies A x (..., r) by: 0, or enough that the mean stays."""
         if not (self.training and (self.dropout or self.rank_dropout)):
-            return adapted_product(self.base, x, down, up, self.scale, rows)
-        hidden = self.hidden(x).flatten(0, -2)
-        out = some_outputs(self.base, x.flatten(0, -2), rows)
-        out = out.addmm_(hidden, rows_of(up, rows).to(x.dtype).t(), alpha=self.scale)
-        return out.unflatten(0, x.shape[:-1])
-
-    def change(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(self.hidden(x), self.lora_up.weight.to(x.dtype))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """A x (..., r)."""
-        return self.dropped(F.linear(x, self.lora_down.weight.to(x.dtype)))
+            return None
+        return self.dropped(x.new_ones(*x.shape[:-1], self.rank))
 
     def draw(self, generator: torch.Generator) -> None:
         draw_uniform(self.lora_down.weight, generator)

@@ -21,6 +21,8 @@ class LohaLinear(AdapterLinear):
     pass, and made again in the backward pass rather than kept.
     """
 
+    dense = 3
+
     def create(self, device: torch.device | str) -> None:
         outputs, inputs = self.base.out_features, self.base.in_features
         self.hada_w1_a, self.hada_w2_a = (_zeros(outputs, self.rank, device) for _ in range(2))
@@ -32,7 +34,7 @@ class LohaLinear(AdapterLinear):
 
     def change(self, x: Tensor) -> Tensor:
         product = _HadamardProduct.apply(x, *(factor.to(x.dtype) for factor in self.factors))
-        return self.dropped(self.scale * product)
+        return self.dropped(product)
 
     def draw(self, generator: torch.Generator) -> None:
         draw_normal(self.hada_w1_a, 0.1, generator)
@@ -58,6 +60,8 @@ class LokrLinear(AdapterLinear):
     scale is 1, where the rank is half of w2's larger side or more; else as w2_a (k, r), w2_b (r, n).
     """
 
+    units = 3
+
     def __init__(self, base: nn.Module, *, rank: int, alpha: float, factor: int = -1, **options: Any) -> None:
         self.rows, self.columns = factorise(base.out_features, factor), factorise(base.in_features, factor)
         self.full = 2 * rank >= max(self.rows[1], self.columns[1])
@@ -78,11 +82,8 @@ class LokrLinear(AdapterLinear):
         return (self.lokr_w2,) if self.full else (self.lokr_w2_a, self.lokr_w2_b)
 
     def change(self, x: Tensor) -> Tensor:
-        """kron(w1, w2) x is w1 X w2^T, with x laid out as the matrix X (m, n)."""
-        square = x.unflatten(-1, (self.columns[0], self.columns[1]))
-        for factor in reversed(self.second):
-            square = F.linear(square, factor.to(x.dtype))
-        return self.dropped(self.scale * (self.lokr_w1.to(x.dtype) @ square).flatten(-2))
+        w2 = self.second[0] if self.full else self.lokr_w2_a @ self.lokr_w2_b
+        return self.dropped(_KroneckerProduct.apply(x, self.lokr_w1.to(x.dtype), w2.to(x.dtype)))
 
     def draw(self, generator: torch.Generator) -> None:
         draw_uniform(self.lokr_w1, generator)
@@ -115,11 +116,38 @@ class _HadamardProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, c, d = ctx.saved_tensors
         (grad,) = grads
-        first, second = a @ b, c @ d
-        dense = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        to_first, to_second = dense * second, dense * first
-        to_x = grad @ first.mul_(second) if ctx.needs_input_grad[0] else None
-        return to_x, to_first @ b.T, a.T @ to_first, to_second @ d.T, c.T @ to_second
+        second, dense = c @ d, grad.flatten(0, -2).T @ x.flatten(0, -2)
+        to_first = dense * second
+        to_a, to_b = to_first @ b.T, a.T @ to_first
+        del to_first  # so three of dW's size are there at most
+        first = a @ b
+        to_x = grad @ second.mul_(first) if ctx.needs_input_grad[0] else None
+        to_second = dense.mul_(first)
+        return to_x, to_a, to_b, to_second @ d.T, c.T @ to_second
+
+
+class _KroneckerProduct(torch.autograd.Function):
+    """kron(w1, w2) x = w1 X w2^T, with x (..., m n) laid out as matrices X (m, n), which keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w1, w2)
+        return (w1 @ F.linear(_matrices(x, w1, w2), w2)).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, w2 = ctx.saved_tensors
+        square = _matrices(x, w1, w2).flatten(0, -3)
+        made = gradient.unflatten(-1, (len(w1), len(w2))).flatten(0, -3)
+        for_inner = w1.t() @ made
+        to_w1 = torch.einsum("tlk,tmk->lm", made, F.linear(square, w2))
+        to_w2 = for_inner.flatten(0, 1).t() @ square.flatten(0, 1)
+        to_x = (for_inner @ w2).view_as(x) if ctx.needs_input_grad[0] else None
+        return to_x, to_w1, to_w2
+
+
+def _matrices(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    return x.unflatten(-1, (w1.shape[1], w2.shape[1]))
 
 
 def factorise(size: int, factor: int) -> tuple[int, int]:

@@ -90,6 +90,8 @@ class Trained:
     """What is learned, beside the weights or in their place: its numbers, and the optimizer's bytes for them.
 
     itemsize: bytes of a number; ranks: the sum of all adapters' ranks; averaged: whether a moving average is kept.
+    outputs: whether the adapters keep what they put out; scratch, units: what a block's pass takes for them, in bytes
+    and in units.
     replaces: bytes of the model's weights that are trained themselves; rounded: of the copies in the compute type that
     are made of these in use.
     """
@@ -101,6 +103,9 @@ class Trained:
     averaged: bool = False
     replaces: int = 0
     rounded: int = 0
+    outputs: bool = False
+    scratch: int = 0
+    units: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -128,11 +133,28 @@ def kept_units(config: TransformerConfig, policy: Policy) -> float:
     return {"none": everything, "selective": 2, "whole": 1, "offloaded": 0}[policy]
 
 
-def activations(config: TransformerConfig, work: Work, policies: Sequence[Policy], *, ranks: int = 0) -> Part:
+def output_units(config: TransformerConfig, policy: Policy, *, double: bool) -> float:
+    """Units that are kept more where all outputs of linears are: those of the narrow ones, and what is made again."""
+    narrow, wide = (2 if double else 1), 3 + config.mlp_width / config.width
+    return {"none": narrow, "selective": wide + narrow, "whole": 0, "offloaded": 0}[policy]
+
+
+def activations(
+    config: TransformerConfig,
+    work: Work,
+    policies: Sequence[Policy],
+    *,
+    ranks: int = 0,
+    outputs: bool = False,
+) -> Part:
     """What all blocks keep. ranks: of all adapters, whose inner values are kept where a block is not run again."""
     unit, tokens = work.unit(config), work.batch * work.tokens
     once = sum(policy in ("none", "selective") for policy in policies)
     kept = sum(round(kept_units(config, policy) * unit) for policy in policies)
+    if outputs:
+        doubles = config.double_blocks
+        each = (output_units(config, p, double=i < doubles) for i, p in enumerate(policies))
+        kept += round(sum(each) * unit)
     kept += once * tokens * config.heads * FLOAT32  # log-sums of attention
     kept += ranks * tokens * work.itemsize * once // len(policies)
     offloaded = policies.count("offloaded") * unit
@@ -155,11 +177,12 @@ def training(
     config = weights.config
     fixed = (*weight_parts(placed), *trained.parts(), Part("gradients", trained.nbytes))
     rounded = trained.rounded if "none" in policies else IN_FLIGHT * trained.rounded // len(policies)
-    block = max(BACKWARD_UNITS[policy] for policy in policies)
+    block = max(BACKWARD_UNITS[policy] for policy in policies) + trained.units
+    scratch = weights.scratch + trained.scratch
     busy = (
-        activations(config, work, policies, ranks=trained.ranks),
+        activations(config, work, policies, ranks=trained.ranks, outputs=trained.outputs),
         modulation(config, work, -(-ahead // work.batch)),
-        Part("one block at work", block * work.unit(config) + weights.scratch + rounded),
+        Part("one block at work", block * work.unit(config) + scratch + rounded),
     )
     if (
         sum(part.device for part in busy) < trained.nbytes

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kontext.lora.adapted import Plain
+from kontext.lora.dora import DoraLinear
 from kontext.lora.linear import LoraLinear
 from kontext.quant import quantise, quantised_linear
 
@@ -63,3 +64,29 @@ def test_only_the_input_and_the_small_hidden_values_are_kept() -> None:
     activations = [tensor for tensor in kept if tensor.data_ptr() not in weights]
     assert sorted(tensor.numel() for tensor in activations) == [32 * 4, 32 * 64]
     assert max(activations, key=Tensor.numel).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_stretched_product_is_that_of_the_formula(dropout: float) -> None:
+    """DoRA: m V x / |V| + b, with |V| taken as a number (as in peft), and dropout between the factors."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 128)
+    linear = DoraLinear(base, rank=4, alpha=2, dropout=dropout)
+    for name, parameter in linear.learned.items():
+        nn.init.normal_(parameter, mean=float(name == "dora_scale"), std=0.1)
+    x, gradient = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 128)
+    wanted = (x, *linear.learned.values())
+
+    def formula() -> Tensor:
+        down, up = linear.lora_down.weight, linear.lora_up.weight
+        length = (base.weight + linear.scale * up @ down).norm(dim=1).detach()
+        hidden = F.dropout(F.linear(x, down), dropout)
+        straight = F.linear(x, base.weight) + linear.scale * F.linear(hidden, up)
+        return linear.dora_scale[:, 0] / length * straight + base.bias
+
+    results = []
+    for compute in (lambda: linear(x), formula):
+        torch.manual_seed(1)
+        out = compute()
+        results.append((out, *torch.autograd.grad(out, wanted, gradient)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
