@@ -17,8 +17,9 @@ CONTEXT = 500_000_000  # CUDA's own code and buffers
 FLOAT32 = 4
 IN_FLIGHT = 2  # checkpoints on their way to or from the host
 # Live at the worst moment beside what blocks keep, in units, for FLUX's MLP of four times the model's width. In a
-# forward pass: the stream and what it began as, linear1's 7, the attention's output, the MLP's 4, and 5 for linear2.
-FORWARD_UNITS = 21
+# forward pass: the stream, and image and text before they were joined and before the blocks, linear1's 7, the
+# attention's output, linear2's 5 and its result.
+FORWARD_UNITS = 18
 BACKWARD_UNITS: dict[Policy, int] = {"none": 18, "selective": 26, "whole": 26, "offloaded": 26}
 
 

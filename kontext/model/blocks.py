@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kontext.model.attention import Attend, attention, sdpa
-from kontext.model.elementwise import beside, gated, gelu, join, modulate, residual, split_heads, turned
+from kontext.model.elementwise import gated, join, modulate, residual, split_heads, turned
+from kontext.model.gelu import beside, gelu
 from kontext.model.outputs import some_outputs
 from kontext.model.remade import product, projection
 

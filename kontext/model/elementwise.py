@@ -23,7 +23,10 @@ def layer_norm(x: Tensor) -> Tensor:
 
 @remade
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * LayerNorm(x) + shift."""
+    """(1 + scale) * LayerNorm(x) + shift: x (B, L, D), shift and scale (B, 1, D). One item takes one pass."""
+    if len(x) == 1:
+        width = x.shape[-1:]
+        return F.layer_norm(x, width, (1 + scale).view(width), shift.reshape(width), eps=EPSILON)
     return torch.addcmul(shift, 1 + scale, layer_norm(x))
 
 
@@ -38,20 +41,9 @@ def residual(x: Tensor, gate: Tensor, proj: nn.Module, update: Tensor) -> Tensor
 
 
 @remade
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-@remade
 def join(first: Tensor, second: Tensor, axis: int = 2) -> Tensor:
     """Tokens of both in one sequence. They lie along `axis`: (B, H, L, D)."""
     return torch.cat((first, second), axis)
-
-
-@remade
-def beside(out: Tensor, hidden: Tensor) -> Tensor:
-    """The attention's output, and GELU of the MLP's hidden values, along the channels."""
-    return torch.cat((out, F.gelu(hidden, approximate="tanh")), -1)
 
 
 def split_heads(x: Tensor, heads: int, width: int, count: int = 3) -> tuple[Tensor, ...]:
@@ -81,23 +73,28 @@ class _Split(torch.autograd.Function):
         return whole, None, None, None
 
 
-@remade
 def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
+    rate = None if x.is_cuda or torch.compiler.is_compiling() else _rate(x.detach())
+    return _turned(x, rate, scale, pe)
+
+
+@remade
+def _turned(x: Tensor, rate: Tensor | None, scale: Tensor, pe: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _fused_turn(x, scale, pe)
-    return _Turned.apply(x, scale, pe)
+    return _Turned.apply(x, rate, scale, pe)
 
 
 def _fused_turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPSILON), pe)
 
 
-def _turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
-    """Where no kernel norms in one pass: in place, in the fewest that there are."""
-    if x.is_cuda:
+def _turn(x: Tensor, rate: Tensor | None, scale: Tensor, pe: Tensor) -> Tensor:
+    """Without a rate, by the kernel that norms in one pass; else in place, in the fewest passes that there are."""
+    if rate is None:
         return _fused_turn(x, scale, pe)
-    values = (x * _rate(x)).mul_(scale.float())
+    values = (x * rate).mul_(scale.float())
     torch.view_as_complex(values.unflatten(-1, (-1, 2))).mul_(pe)
     return values.to(x.dtype)
 
@@ -109,25 +106,25 @@ def _rate(x: Tensor) -> Tensor:
 
 
 class _Turned(torch.autograd.Function):
-    """`_turn`, which keeps x alone. Where the norm is not one kernel, autograd keeps float32 copies of what is between.
+    """`_turn`, which keeps x and the rate. Where the norm is not one kernel, autograd keeps float32 copies of more.
 
     With r = 1 / sqrt(mean(x^2) + eps), and h the gradient at r x: the gradient at x is r (h - r^2 x mean(h x)).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, pe)
-        return _turn(x, scale, pe)
+    def forward(ctx: Any, x: Tensor, rate: Tensor | None, scale: Tensor, pe: Tensor) -> Tensor:
+        ctx.save_for_backward(x, rate, scale, pe)
+        return _turn(x, rate, scale, pe)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scale, pe = ctx.saved_tensors
-        rate, turned_back = _rate(x), rotate(gradient.float(), pe.conj())
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, rate, scale, pe = ctx.saved_tensors
+        rate, turned_back = _rate(x) if rate is None else rate, rotate(gradient.float(), pe.conj())
         for_scale = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             for_scale = (turned_back * x).mul_(rate).flatten(0, -2).sum(0).to(scale.dtype)
         if not ctx.needs_input_grad[0]:
-            return None, for_scale, None
+            return None, None, for_scale, None
         h = turned_back.mul_(scale)
         common = (h * x).mean(-1, keepdim=True).mul_(rate.square())
-        return h.addcmul_(x, common, value=-1).mul_(rate).to(x.dtype), for_scale, None
+        return h.addcmul_(x, common, value=-1).mul_(rate).to(x.dtype), None, for_scale, None

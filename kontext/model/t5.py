@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kontext.model.embedding import Embedding
+from kontext.model.gelu import gelu
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class GatedMLP(nn.Module):
         self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        x = gelu(self.wi_0(x)) * self.wi_1(x)
         # In float16 `wo` stays in float32: its output overflows.
         return self.wo(x.to(self.wo.weight.dtype) if isinstance(self.wo, nn.Linear) else x)
 

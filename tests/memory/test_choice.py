@@ -108,7 +108,7 @@ def test_the_smallest_budget_is_told():
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "expected"), [(48, Placement()), (24, Placement(0, True)), (3, Placement("max", True))]
+    ("gigabytes", "expected"), [(48, Placement()), (24, Placement(0, True)), (2.8, Placement("max", True))]
 )
 def test_pictures(gigabytes, expected):
     found = choose(
