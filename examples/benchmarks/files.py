@@ -119,6 +119,7 @@ def watching() -> Iterator[list[float]]:
     def watch() -> None:
         while not over.wait(0.003):
             peak[0] = max(peak[0], anonymous_megabytes())
+        peak[0] = max(peak[0], anonymous_megabytes())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -130,7 +131,7 @@ def watching() -> Iterator[list[float]]:
 
 
 def give_back_memory() -> None:
-    """Have the C library return what was freed, so that it does not hide what the next run takes."""
+    """Have the C library return what was freed: it counts neither as kept nor as what the next run finds there."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:
@@ -144,9 +145,10 @@ def used(run: Callable[[], object]) -> Used:
         start = time.perf_counter()
         result = run()
         seconds = time.perf_counter() - start
-        after = anonymous_megabytes()
+    give_back_memory()
+    kept = anonymous_megabytes()
     del result
-    return Used(seconds, max(peak[0], after) - before, after - before)
+    return Used(seconds, peak[0] - before, kept - before)
 
 
 def flush(file: Path) -> None:

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 import torch
 
 from kontext import console
-from kontext.commands import train_values as values
-from kontext.commands import train_whole
 from kontext.commands.memory_table import GIBIBYTE, size
 from kontext.errors import UserError
 from kontext.memory.choice import (
@@ -45,7 +43,9 @@ REMEDIES = {
 
 def for_training(options: Train, needs: TrainingNeeds, device: torch.device) -> Train:
     """The options with what --vram-budget chooses. Raises UserError if nothing fits."""
-    mix = values.mix(options, device)
+    from kontext.commands import train_values, train_whole  # half a second that pictures do not wait for
+
+    mix = train_values.mix(options, device)
     frozen = not train_whole.is_whole(options)
     possible: Iterable[Setup] = setups(
         needs.weights.config,

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from kontext.checkpoints.source import Entry
 from kontext.tensors import header, raw
 
 CHUNK = 1 << 24  # bytes copied at a time
+UNFLUSHED = 1 << 26  # bytes written until the disk is told to begin with them
 
 _NO_DIRECT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -69,6 +71,7 @@ class Writer:
         self.path = path
         ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
         self._specs = {spec.key: spec for spec in ordered}
+        self._unflushed, self._lock = 0, threading.Lock()
         head, self._start = header(((spec.key, spec.dtype, spec.shape) for spec in ordered), metadata)
         with open(path, "wb") as file:
             file.write(head)
@@ -85,7 +88,7 @@ class Writer:
             file.seek(place)
             while left:
                 left = left[file.write(left) :]
-            _begin_flushing(file, place, size)
+            self._flush(file, size)
 
     def copy(
         self, key: str, entry: Entry, *, row: int = 0, from_row: int = 0, rows: int | None = None
@@ -95,19 +98,24 @@ class Writer:
         left = self._specs[key].bytes if rows is None else rows * row_bytes(entry)
         with open(entry.file, "rb", buffering=0) as old, open(self.path, "rb+", buffering=0) as new:
             _copy(old, start, new, self._place(key, row), left)
-            _begin_flushing(new, self._place(key, row), left)
+            self._flush(new, left)
+
+    def _flush(self, file: BinaryIO, written: int) -> None:
+        """Let the disk begin with what was written, beside the work on what follows.
+
+        On Linux this advice does so, and drops the pages that are on the disk already: taking new memory for a whole
+        checkpoint costs more than merging. It looks at all pages there are, so it is not given for every strip.
+        """
+        with self._lock:
+            self._unflushed += written
+            if self._unflushed < UNFLUSHED:
+                return
+            self._unflushed = 0
+        if sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _place(self, key: str, row: int) -> int:
         return self._start[key] + row * row_bytes(self._specs[key])
-
-
-def _begin_flushing(file: BinaryIO, start: int, size: int) -> None:
-    """Let the disk begin with what was just written, beside the work on what follows.
-
-    On Linux this advice does so; other pages it drops, but these are not on the disk yet.
-    """
-    if sys.platform == "linux" and size:
-        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(old: BinaryIO, start: int, new: BinaryIO, place: int, left: int) -> None:

@@ -1,5 +1,7 @@
 """`--vram-budget` at the sizes of the published model: what is chosen, told and refused."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -149,3 +151,10 @@ def test_a_cpu_has_nothing_to_choose(capsys: pytest.CaptureFixture[str]) -> None
     options = training(vram_budget="8")
     assert budget.for_training(options, TRAINING, torch.device("cpu")) is options
     assert "on a CPU there is nothing to choose" in capsys.readouterr().err
+
+
+def test_pictures_do_not_wait_for_what_trains():
+    """Importing training and accelerate takes half a second."""
+    script = "import sys, kontext.commands.generate; print([m for m in sys.modules if m.startswith(('accelerate', 'kontext.training'))])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
