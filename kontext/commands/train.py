@@ -107,6 +107,7 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
         team=team,
         examples=Examples(batches, plan, seed=seed, buckets=options.num_timestep_buckets),
         workers=options.max_data_loader_n_workers,
+        persistent=options.persistent_data_loader_workers,
         objective=Objective(transformer, values.timesteps(options), options.guidance_scale, team.run),
         updates=updates,
         start=start,

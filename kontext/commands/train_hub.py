@@ -31,7 +31,8 @@ def uploads(options: Train, team: Team) -> AbstractContextManager[Uploads | None
         options.huggingface_path_in_repo or "",
         private=options.huggingface_repo_visibility == "private",
     )
-    return Uploads(HfApi(token=_token(options)), repository, token=_token(options))
+    token = _token(options)
+    return Uploads(HfApi(token=token), repository, token=token, beside=options.async_upload)
 
 
 def written(options: Train, names: Names, uploads: Uploads | None) -> Callable[[Path], None]:

@@ -53,9 +53,10 @@ def log(options: Train, team: Team) -> Log | None:
         os.environ["WANDB_API_KEY"] = (
             options.wandb_api_key.get_secret_value()
         )  # wandb.login would write it down
+    config = {name: str(value) for name, value in without_secrets(options).items()}
     team.accelerator.init_trackers(
         options.log_tracker_name,
-        config={name: str(value) for name, value in without_secrets(options).items()},
+        config=config if options.log_config else None,
         init_kwargs=arguments(options, found),
     )
     return lambda values, step: team.accelerator.log(dict(values), step=step)

@@ -162,7 +162,8 @@ class Length(Options):
         "Processes that load batches; 0: none of their own.", default=2, ge=0
     )
     persistent_data_loader_workers: bool = option(
-        "Accepted for old command lines: loading processes always live through all epochs.", default=False
+        "Keep the loading processes from epoch to epoch, so that no epoch waits for its first batch.",
+        default=True,
     )
 
 

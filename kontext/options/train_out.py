@@ -25,8 +25,8 @@ class Logs(Options):
         default=None,
     )
     log_config: bool = option(
-        "Accepted for old command lines: the options are always logged, but for tokens and keys.",
-        default=False,
+        "Log the options of the run too, but for tokens and keys.",
+        default=True,
     )
     wandb_run_name: str | None = option("Name of the run in Weights & Biases.", default=None)
     wandb_api_key: SecretStr | None = option(
@@ -91,6 +91,6 @@ class Upload(Options):
         "--resume names a state on the hub: OWNER/NAME/PATH[:REVISION[:TYPE]].", default=False
     )
     async_upload: bool = option(
-        "Accepted for old command lines: uploads never hold training up; the end waits for them.",
-        default=False,
+        "Upload while training goes on; the end waits. --no-async-upload has a save wait until it is uploaded.",
+        default=True,
     )

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Protocol
 
 import torch
@@ -116,23 +116,28 @@ def feed(
     workers: int,
     device: torch.device,
     together: bool = False,
+    persistent: bool = True,
 ) -> Iterator[Example]:
     """Examples of process `rank` from `first_step` to the end, loaded by `workers` processes; together: see `places`.
 
-    They are on the host, in memory from which `device` copies without waiting.
+    They are on the host, in memory from which `device` copies without waiting. persistent: the processes live through
+    all epochs, instead of beginning anew with each.
     """
     taken = places(examples.plan, first_step=first_step, rank=rank, together=together)
+    epochs = groupby(taken, key=lambda place: 0 if persistent else examples.plan.epoch(place[0]))
     window = WINDOW if workers else 1
-    loader: DataLoader[Parcel] = DataLoader(
-        examples,
-        batch_size=None,
-        sampler=[taken[start : start + window] for start in range(0, len(taken), window)],
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_heed_no_interrupts,
-    )
-    for parcel in loader:
-        yield from parcel.open()
+    for _, group in epochs:
+        part = list(group)
+        loader: DataLoader[Parcel] = DataLoader(
+            examples,
+            batch_size=None,
+            sampler=[part[start : start + window] for start in range(0, len(part), window)],
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_heed_no_interrupts,
+        )
+        for parcel in loader:
+            yield from parcel.open()
 
 
 def _heed_no_interrupts(worker: int) -> None:

@@ -51,7 +51,9 @@ class Session:
     """Everything that a run is made of.
 
     settings: what a run that goes on from its states must have in common with it; adapter: called with a path and the
-    steps done, copies the weights for a job that writes them; written: is called with weights and states that have been written; log: None for no logs; held: what is validated with; weights: as in Validation.
+    steps done, copies the weights for a job that writes them; written: is called with weights and states that have
+    been written; log: None for no logs; held: what is validated with; weights: as in Validation; workers, persistent:
+    as in `feed`.
     """
 
     team: Team
@@ -71,6 +73,7 @@ class Session:
     log: Log | None
     journal: Journal
     written: Callable[[Path], None] = _unheard
+    persistent: bool = True
 
     def run(self) -> None:
         """Trains to the end of the plan and saves.
@@ -217,6 +220,7 @@ class Session:
             first_step=first,
             rank=self.team.rank,
             workers=self.workers,
+            persistent=self.persistent,
             device=self.team.device,
             together=self.team.together,
         )

@@ -28,13 +28,16 @@ class Repository:
 class Uploads:
     """Enter it before the first file; on leaving, everything is uploaded or told to have failed.
 
-    No failure ends a run: each is a warning, without the token.
+    No failure ends a run: each is a warning, without the token. beside: whoever sends does not wait.
     """
 
-    def __init__(self, api: "HfApi", repository: Repository, *, token: str | None = None) -> None:
+    def __init__(
+        self, api: "HfApi", repository: Repository, *, token: str | None = None, beside: bool = True
+    ) -> None:
         self._api = api
         self._repository = repository
         self._token = token
+        self._beside = beside
         self._waiting: Queue[Path | None] = Queue()
         self._thread = Thread(target=self._work, name="uploads", daemon=True)
 
@@ -42,10 +45,12 @@ class Uploads:
         return self
 
     def send(self, path: Path) -> None:
-        """Uploads a file or a folder under its name, in a while."""
+        """Uploads a file or a folder under its name: in a while, or before this returns."""
         if not self._thread.is_alive():
             self._thread.start()
         self._waiting.put(path)
+        if not self._beside:
+            self._waiting.join()
 
     def _work(self) -> None:
         name, kind, private = self._repository.name, self._repository.kind, self._repository.private
@@ -55,6 +60,7 @@ class Uploads:
         )
         while (path := self._waiting.get()) is not None:
             self._guarded(f"{path} was not uploaded", lambda path=path: self._upload(path))
+            self._waiting.task_done()
 
     def _upload(self, path: Path) -> None:
         place = "/".join(part for part in (self._repository.folder.strip("/"), path.name) if part)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def test_states_stay_here_unless_asked_for_and_failures_end_nothing(
     told = capsys.readouterr().err
     assert "The repository me/edit cannot be made: the token *** is not known" in told
     assert (tmp_path / "b" / "edit.safetensors").exists()
+
+
+def test_a_save_can_wait_for_its_upload(
+    hub: Path, cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else files that are not kept for long may be gone when their turn comes."""
+    at_once = huggingface_hub.HfApi.upload_file
+
+    def upload_file(api: Any, **what: Any) -> None:
+        time.sleep(0.2)
+        at_once(api, **what)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
+    settings = "--max-train-steps 3 --save-every-n-steps 1 --save-last-n-steps 1 --no-async-upload"
+    where = f"--huggingface-repo-id me/edit --huggingface-token {TOKEN}"
+    assert train(cached, tmp_path / "out", f"{settings} {where}") == 0
+    uploaded = {path.name for path in (hub / "me/edit").iterdir()}
+    assert uploaded == {"edit.safetensors", *(f"edit-step{step:08d}.safetensors" for step in (1, 2, 3))}
+    assert not (tmp_path / "out" / "edit-step00000001.safetensors").exists()
 
 
 @pytest.mark.parametrize(

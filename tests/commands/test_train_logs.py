@@ -3,6 +3,7 @@
 import os
 import struct
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,18 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def written_by_wandb(folder: Path) -> dict[str, list[str]]:
-    """What is in the file of a run: its history by name, and its config."""
+    """What is in the file of a run: its history by name, and its config.
+
+    wandb's own process may fill the file a moment after the run has ended.
+    """
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20
+    while "_step" not in (found := history(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def history(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for data in records(path):
         record = wandb_internal_pb2.Record()
@@ -97,6 +108,15 @@ def test_wandb_gets_all_values_and_no_secret(
     for secret in (KEY, TOKEN):
         assert not any(secret.encode() in content for content in everything)
     assert any(b"a remark" in content for content in everything[:-1])
+
+
+@pytest.mark.usefixtures("offline")
+def test_options_are_not_logged_where_this_is_not_wanted(cached: Cached, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    settings = f"--max-train-steps 1 --log-with wandb --logging-dir {logs} --no-log-config"
+    assert train(cached, tmp_path / "out", settings) == 0
+    found = written_by_wandb(logs)
+    assert "loss/current" in found and "config/learning_rate" not in found
 
 
 def test_the_run_name_and_the_file_reach_wandb(tmp_path: Path) -> None:

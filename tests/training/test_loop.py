@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from kontext.memory.recompute import recompute_blocks
+from kontext.training import feed
 from kontext.training.ahead import Pass
 from kontext.training.network import Network
 from kontext.training.state import Progress, load_state, read_progress, save_state
@@ -69,6 +71,20 @@ def test_loss_falls_when_few_items_are_seen_often() -> None:
 
 def test_workers_change_nothing() -> None:
     assert Run(steps=7, workers=2).go().same_weights(Run(steps=7).go())
+
+
+@pytest.mark.parametrize(("persistent", "expected"), [(True, 1), (False, 2)])
+def test_workers_live_through_all_epochs_or_one(
+    persistent: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(
+        feed, "DataLoader", lambda *a, **k: begun.append(k["num_workers"]) or DataLoader(*a, **k)
+    )
+    run = Run(steps=8, workers=1, persistent=persistent)
+    assert run.plan.epochs == 2
+    assert run.go().same_weights(Run(steps=8).go())
+    assert [workers for workers in begun if workers] == [1] * expected
 
 
 def test_accumulated_batches_count_by_their_items() -> None:

@@ -61,6 +61,16 @@ def test_whoever_sends_does_not_wait_but_the_end_does(
     assert "Uploaded me/edit/b" in capsys.readouterr().err
 
 
+def test_whoever_sends_waits_if_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    hub = Hub()
+    hub.free.clear()
+    threading.Timer(0.1, hub.free.set).start()
+    with Uploads(hub, Repository("me/edit"), beside=False) as uploads:
+        uploads.send(tmp_path / "a")
+        assert hub.asked[-1][-1] == "a"
+
+
 def test_a_failure_is_a_warning_without_the_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("bad", "good"):
         (tmp_path / name).write_text(name)

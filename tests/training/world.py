@@ -92,6 +92,7 @@ class Run:
         optimizer: str = "adamw",
         network: Network | None = None,
         workers: int = 0,
+        persistent: bool = True,
         schedule: str = "constant",
         rate: float = 1e-2,
         items: int = 10,
@@ -112,13 +113,14 @@ class Run:
         self.team = Team(Accelerator(cpu=True))
         self.objective = Objective(self.transformer, Timesteps(), 1.0)
         self.examples = Examples(self.batches, self.plan, seed=SEED, buckets=buckets)
-        self.workers = workers
+        self.workers, self.persistent = workers, persistent
         self.losses: list[float] = []
 
     def go(self, *, first_step: int = 0, listeners: Sequence[Listener] = ()) -> "Run":
         examples = feed(
-            self.examples, first_step=first_step, rank=0, workers=self.workers, device=torch.device("cpu")
-        )
+            self.examples, first_step=first_step, rank=0, workers=self.workers, persistent=self.persistent,
+            device=torch.device("cpu"),
+        )  # fmt: skip
         train(
             self.objective, self.updates, plan=self.plan, examples=examples, team=self.team, seed=SEED,
             first_step=first_step, listeners=[self.note, *listeners],
