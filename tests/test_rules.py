@@ -37,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "options": {"errors"},
     "commands": BELOW_COMMANDS | {"options"},
     "training": GROUND | MATHS | {"generation", "data", "lora"},
-    "generation": GROUND | MATHS | {"checkpoints", "lora", "data"},
+    "generation": GROUND | MATHS | {"allocation", "checkpoints", "lora", "data"},
     "lora": GROUND | {"checkpoints", "quant", "model"},
     "data": GROUND | {"model"},
     "checkpoints": GROUND | {"quant", "model", "readahead"},

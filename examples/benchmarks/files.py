@@ -10,7 +10,6 @@ Options: --gigabytes n (0.25), --rounds n (3), --folder path, --rank n (16).
 """
 
 import argparse
-import ctypes
 import gc
 import os
 import shutil
@@ -27,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kontext.allocation import give_back_memory
 from kontext.checkpoints import load_transformer, open_source
 from kontext.checkpoints.transformer import is_quantisable, transformer_config
 from kontext.files import save_tensors
@@ -130,22 +130,20 @@ def watching() -> Iterator[list[float]]:
         thread.join()
 
 
-def give_back_memory() -> None:
-    """Have the C library return what was freed: it counts neither as kept nor as what the next run finds there."""
+def give_back() -> None:
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim:
-        trim(0)
+    give_back_memory()
 
 
 def used(run: Callable[[], object]) -> Used:
-    give_back_memory()
+    """What was freed counts neither as kept nor as what the next run finds there."""
+    give_back()
     before = anonymous_megabytes()
     with watching() as peak:
         start = time.perf_counter()
         result = run()
         seconds = time.perf_counter() - start
-    give_back_memory()
+    give_back()
     kept = anonymous_megabytes()
     del result
     return Used(seconds, peak[0] - before, kept - before)

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from kontext.allocation import give_back_memory
 from kontext.backends import attention_backend, in_parts, use_attention
 from kontext.checkpoints import (
     load_autoencoder,
@@ -115,7 +116,7 @@ class Part(Generic[T]):
         return self._model
 
     def free(self) -> None:
-        """Let the model go and hand its memory back to the device."""
+        """Let the model go and hand its memory back to the device and the system."""
         if self._model is None:
             return
         alive = weakref.ref(self._model)
@@ -124,6 +125,7 @@ class Part(Generic[T]):
             gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        give_back_memory()
 
 
 def open_autoencoder(files: ModelFiles, runtime: Runtime) -> Autoencoder:
