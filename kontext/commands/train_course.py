@@ -19,6 +19,12 @@ COURSE = (
     "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio",
     "max_grad_norm", "scale_weight_norms", "fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4",
 )  # fmt: skip
+SELDOM = (
+    "ema_decay",
+    "full_bf16",
+    "lr_scheduler_type",
+    "lr_scheduler_args",
+)  # recorded only where they are given
 # Of these and the other settings, those without which a state means nothing.
 FIXED = (
     "network_module", "network_dim", "network_alpha", "network_args", "optimizer_type", "optimizer_args", "seed",
@@ -34,8 +40,7 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
     return {
         **{name: getattr(options, name) for name in COURSE},
         **train_network.beginnings(options),
-        **({"ema_decay": options.ema_decay} if options.ema_decay else {}),
-        **({"full_bf16": True} if options.full_bf16 else {}),
+        **{name: value for name in SELDOM if (value := getattr(options, name))},
         "seed": seed,
         "dtype": values.precision(options),
         "dit": options.dit.name,

@@ -27,7 +27,7 @@ from kontext.training.optimizers import make_optimizer
 from kontext.training.plan import Plan
 from kontext.training.previews import GUIDANCE, STEPS, Rhythm
 from kontext.training.saving import Keep, SaveRules
-from kontext.training.schedules import LearningRate
+from kontext.training.schedules import LearningRate, adjusted, followed
 from kontext.training.team import Team
 
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
@@ -135,7 +135,8 @@ def updates(
 
 
 def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
-    return LearningRate(
+    arguments = parse_arguments(options.lr_scheduler_args, "--lr-scheduler-args")
+    rate = LearningRate(
         peak=peak,
         schedule=options.lr_scheduler,
         total=plan.steps,
@@ -146,6 +147,8 @@ def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
         min_ratio=options.lr_scheduler_min_lr_ratio,
         timescale=options.lr_scheduler_timescale,
     )
+    kind = options.lr_scheduler_type
+    return adjusted(rate, arguments) if kind is None else followed(rate, kind, arguments)
 
 
 def steps(value: float, total: int) -> int:

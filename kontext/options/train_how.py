@@ -117,6 +117,16 @@ class Optimization(Options):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
         "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "rex",
     ] = option("How the learning rate changes.", default="constant")  # fmt: skip
+    lr_scheduler_type: str | None = option(
+        "A scheduler of torch's kind instead, as module.Class, such as torch.optim.lr_scheduler.OneCycleLR; it begins after "
+        "the warmup.",
+        default=None,
+    )
+    lr_scheduler_args: Pairs = option(
+        "Arguments of the scheduler as key=value, by transformers' names, such as min_lr=1e-6, num_cycles=2, lr_end=1e-6, "
+        "decay_type=linear, or those of --lr-scheduler-type. They win over the options below.",
+        default=[],
+    )
     lr_warmup_steps: float = option(
         "Steps over which the learning rate rises from 0; below 1: a share of all steps.", default=0, ge=0
     )

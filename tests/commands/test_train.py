@@ -254,3 +254,17 @@ def test_noise_levels_are_shown_and_nothing_is_trained(
     told = capsys.readouterr().out
     assert "950-1000" in told and told.count("5.00%") == 20
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_schedulers_take_arguments(cached: Cached, tmp_path: Path) -> None:
+    """The learning rates of three steps, as the history of the run has them."""
+    for settings, rates in (
+        ("--lr-scheduler polynomial --lr-scheduler-args lr_end=4e-4 power=1", [1e-3, 8e-4, 6e-4]),
+        (
+            "--lr-scheduler-type torch.optim.lr_scheduler.StepLR --lr-scheduler-args step_size=1 gamma=0.5",
+            [1e-3, 5e-4, 2.5e-4],
+        ),
+    ):
+        assert train(cached, tmp_path, f"--max-train-steps 3 {settings}") == 0
+        lines = [json.loads(line) for line in (tmp_path / "edit.history.jsonl").read_text().splitlines()]
+        assert [line["rates"][0] for line in lines if "rates" in line] == pytest.approx(rates)
