@@ -47,8 +47,10 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
         cos, sin = torch.view_as_real(pe).unbind(-1)
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1)
         return turned.flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * pe).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if pairs.stride(-1) != 1:  # gradients of a kernel that lays heads out in another order
+        pairs = pairs.contiguous()
+    return torch.view_as_real(torch.view_as_complex(pairs) * pe).flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
