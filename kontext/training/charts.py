@@ -63,10 +63,11 @@ def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
     """
     if len(values) <= limit:
         return np.arange(len(values))
-    kept = [0, len(values) - 1]
-    for stretch in np.array_split(np.arange(len(values)), limit // 2):
-        inside = np.nan_to_num(values[stretch])
-        kept += [stretch[inside.argmin()], stretch[inside.argmax()]]
+    width = -(-len(values) // (limit // 2))
+    stretches = np.pad(np.nan_to_num(values), (0, -len(values) % width), mode="edge").reshape(-1, width)
+    starts = np.arange(0, len(values), width)
+    ends = [0, len(values) - 1]
+    kept = np.concatenate((starts + stretches.argmin(axis=1), starts + stretches.argmax(axis=1), ends))
     return np.unique(kept)
 
 

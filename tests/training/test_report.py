@@ -12,7 +12,6 @@ from kontext.cli import main
 from kontext.commands.train_report import settings
 from kontext.generation.outputs import save_picture
 from kontext.options.train import Train
-from kontext.training.charts import short, thin, ticks
 from kontext.training.history import History, SampleSet, Sitting, Validation, read_history
 from kontext.training.plan import Plan
 from kontext.training.report import About, Setting, page, smooth, write_report
@@ -128,31 +127,6 @@ def test_a_long_run_makes_a_small_page_with_its_peaks() -> None:
     assert len(x) < 1000 and x[0] == 1 and x[-1] == 100_000
     assert dict(zip(x, y, strict=True))[77_778] == 9.5
     assert y == pytest.approx(found.loss[np.array(x) - 1].tolist(), rel=1e-5)
-
-
-def test_thin_keeps_what_is_short_whole() -> None:
-    assert thin(np.zeros(700)).tolist() == list(range(700))
-
-
-@pytest.mark.parametrize(
-    "low, high, expected",
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 3e-4, [0, 1e-4, 2e-4, 3e-4]), (1, 1600, [500, 1000, 1500])],
-)
-def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high, 5) == pytest.approx(expected)
-
-
-def test_numbers_as_people_read_them() -> None:
-    values = (0, 0.25, 1234567, 0.0001, 2.345e-5, 12000, 0.123456)
-    assert [short(value) for value in values] == [
-        "0",
-        "0.25",
-        "1.23e6",
-        "1e-4",
-        "2.35e-5",
-        "12,000",
-        "0.1235",
-    ]
 
 
 NASTY = "</script><script>alert('1')</script> \"quoted\" & <b> $title ${x} {y} http://example.org/x"
