@@ -100,9 +100,9 @@ def fill(
 ) -> None:
     """Read every tensor of a meta model, in the order of the file, to its device and dtype.
 
-    dtype: by tensor name. select: names of the linears that `mode` turns into a `QuantisedLinear`. edit: see `load_transformer`. on_host: names of tensors that end on
-    the CPU, whatever the device is. Only one tensor at a time exists in another form than its last one. Names
-    with the same origin share their tensor.
+    dtype: by tensor name. select: names of the linears that `mode` turns into a `QuantisedLinear`. edit: see
+    `load_transformer`. on_host: names of tensors that end on the CPU, whatever the device is. Only one tensor at a
+    time exists in another form than its last one. Names with the same origin share their tensor.
     """
     read_ahead(source.files)
     model.requires_grad_(False)

@@ -10,8 +10,9 @@
         clip_l_pooler_<dtype>                   (V,)
         t5_vec_<i>_<dtype>, clip_l_pooler_<i>_<dtype>   of further captions, i from 1
 
-Metadata: `architecture`, `format_version`, `width` and `height` or `caption1` (`caption2` ... of further captions), and of our own `kontext`: a `Record`
-in JSON that tells what the file was made from. Files without it (musubi-tuner's) are read as well.
+Metadata: `architecture`, `format_version`, `width` and `height` or `caption1` (`caption2` ... of further captions), and
+of our own `kontext`: a `Record` in JSON that tells what the file was made from. Files without it (musubi-tuner's) are
+read as well.
 """
 
 import json

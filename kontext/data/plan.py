@@ -28,7 +28,8 @@ Part = Literal["training", "validation"]
 class Entry:
     """An item with its sizes and its two cache files.
 
-    dataset: the identity of its block. size: of the upright target picture; target, references: what the pictures are brought to.
+    dataset: the identity of its block. size: of the upright target picture; target, references: what the pictures are
+    brought to.
     """
 
     item: Item
@@ -63,9 +64,10 @@ class Block:
 
 
 def plan_blocks(path: Path, skips: Skips, part: Part | None = None) -> tuple[Block, ...]:
-    """The blocks of a dataset file, or of one part of it, each item with its sizes. Items whose pictures cannot be opened go to `skips`.
+    """The blocks of a dataset file, or of one part of it, each item with its sizes.
 
-    Only the headers of the pictures are read. Raises UserError when a block has nothing left.
+    Only the headers of the pictures are read. Items whose pictures cannot be opened go to `skips`. Raises UserError
+    when a block has nothing left.
     """
     file = read_dataset_file(path)
     parts = {"training": file.training, "validation": file.validation}

@@ -121,8 +121,8 @@ class Writer:
     `name` fixes the stem, and files of earlier runs are replaced; without it the stem is `<time>_<seed>`, and no
     file is ever overwritten. `format` is an ending of formats.FORMATS. `grid` writes a second picture, of the references
     and the result side by side. `preview` is the number of steps between looks at a picture in the making, 0 for none;
-    a look is replaced by the next one, and removed when its picture is saved. `common` are settings of the whole run (model, LoRA), to which each result adds its
-    own; `metadata` False leaves all out.
+    a look is replaced by the next one, and removed when its picture is saved. `common` are settings of the whole run
+    (model, LoRA), to which each result adds its own; `metadata` False leaves all out.
     """
 
     def __init__(

@@ -85,7 +85,8 @@ class Text:
 class TrainingNeeds:
     """A training run. work: its largest batch; ahead: items whose modulation is computed together.
 
-    whole_modulation: whether modulation is trained, and so never leaves the device. pictures, vae, text: of the samples, if there are any. context: as in Estimate.
+    whole_modulation: whether modulation is trained, and so never leaves the device. pictures, vae, text: of the
+    samples, if there are any. context: as in Estimate.
     """
 
     weights: Weights

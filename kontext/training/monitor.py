@@ -19,13 +19,9 @@ from kontext.training.team import Team
 
 SMOOTHING = 0.98
 STEPS_BETWEEN_READS = 10  # on a GPU, where reading a loss waits for all work queued before it
-SECONDS_BETWEEN_LOOKS = (
-    0.25  # at the clock and the memory: asking for the latter may take longer than a small step
-)
-LEAST_SCALE, COLLAPSED_STEPS = (
-    1.0,
-    10,
-)  # below this a loss scale no longer lifts gradients into float16's range
+SECONDS_BETWEEN_LOOKS = 0.25  # at the memory, which may take longer to ask for than a small step
+LEAST_SCALE = 1.0  # below this a loss scale no longer lifts gradients into float16's range
+COLLAPSED_STEPS = 10  # with a scale so small, before the run is given up
 GIGABYTE = 1e9
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -98,8 +94,9 @@ class Monitor:
         measures: Callable[[], Mapping[str, float]],
         scale: Callable[[], float] | None = None,
     ) -> None:
-        """measures: of the weights as they are now, for the logs; scale: of the loss, if it is scaled for float16, where a step with an infinite
-        gradient is left out and harmless.
+        """measures: of the weights as they are now, for the logs.
+
+        scale: of the loss, if it is scaled for float16, where a step with an infinite gradient is left out and harmless.
         """
         self.plan = plan
         self.team = team

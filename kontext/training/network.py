@@ -34,8 +34,10 @@ SECOND = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 
 @dataclass(frozen=True)
 class Network:
-    """A network of adapters, or none: then weights of the transformer are trained. plus_ratio: by how much the learning rate of the factor that starts at zero exceeds that
-    of the others (LoRA+). factor: how LoKr splits a linear (see `factorise`).
+    """A network of adapters, or none: then weights of the transformer are trained.
+
+    plus_ratio: by how much the learning rate of the factor that starts at zero exceeds that of the others (LoRA+).
+    factor: how LoKr splits a linear (see `factorise`).
 
     rank_patterns, rate_patterns: ranks and learning rates of the modules whose whole name a regex matches; the first
     that does counts. Alpha goes with the rank, so that all adapters act with one strength.
