@@ -22,7 +22,7 @@ from kontext.memory.choice import (
     setups,
     step_time,
 )
-from kontext.memory.estimate import CONTEXT
+from kontext.memory.estimate import CONTEXT, TRAINING_STEP
 from kontext.memory.free import free_bytes
 from kontext.memory.needs import PictureNeeds, TrainingNeeds, in_strips
 from kontext.memory.streaming import Swap, streamed_blocks
@@ -34,7 +34,7 @@ O = TypeVar("O", Generate, Train)
 RECOMPUTING = ("checkpointing", "gradient_checkpointing", "gradient_checkpointing_cpu_offload")
 REMEDIES = {
     "reading the prompt": "--fp8-t5 halves that",
-    "a training step": "use a smaller resolution or batch, or weights in fewer bits (--fp8-scaled, --nf4)",
+    TRAINING_STEP: "use a smaller resolution or batch, or weights in fewer bits (--fp8-scaled, --nf4)",
     "a step of the optimizer": "use --optimizer-type adamw8bit or a smaller rank",
     "denoising": "make a smaller picture, or keep weights in fewer bits (--fp8-scaled, --nf4)",
 }

@@ -1,7 +1,9 @@
 """The memory estimate as a table."""
 
+from collections.abc import Iterator
+
 from kontext import console
-from kontext.memory.estimate import Estimate
+from kontext.memory.estimate import Estimate, Stage
 
 GIBIBYTE, MEBIBYTE = 2**30, 2**20
 
@@ -11,16 +13,20 @@ def size(nbytes: float) -> str:
     return f"{nbytes / GIBIBYTE:.2f} GiB" if nbytes >= GIBIBYTE else f"{nbytes / MEBIBYTE:.1f} MiB"
 
 
-def show_memory(estimate: Estimate) -> None:
-    """Every stage with its peak, and of the largest what it is made of. On stdout."""
+def show_memory(estimate: Estimate, always: str = "") -> None:
+    """Every stage with its peak, and of the largest, and of that named `always`, what it is made of. On stdout."""
     rows = [(stage.name, size(stage.device + estimate.context), "") for stage in estimate.stages]
-    rows.append((f"of which, in {estimate.largest.name}:", "", ""))
-    rows += [
-        (f"  {part.name}", size(part.device), size(part.host) if part.host else "")
-        for part in estimate.largest.parts
-        if part.device or part.host
-    ]
-    if estimate.context:
-        rows.append(("  CUDA context", size(estimate.context), ""))
+    for stage in estimate.stages:
+        if stage.name in (always, estimate.largest.name):
+            rows += _parts(stage, estimate.context)
     rows.append(("peak", size(estimate.peak), size(estimate.host) if estimate.host else ""))
     console.table("Memory, estimated", ("", "device", "host"), rows, asked=True)
+
+
+def _parts(stage: Stage, context: int) -> Iterator[tuple[str, str, str]]:
+    yield f"of which, in {stage.name}:", "", ""
+    for part in stage.parts:
+        if part.device or part.host:
+            yield f"  {part.name}", size(part.device), size(part.host) if part.host else ""
+    if context:
+        yield "  CUDA context", size(context), ""

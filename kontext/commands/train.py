@@ -1,7 +1,6 @@
 """`kontext train`: from cached batches to a LoRA file."""
 
 import json
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from kontext.commands import (
     train_average,
     train_course,
     train_data,
+    train_early,
     train_export,
     train_hub,
     train_logs,
@@ -38,7 +38,7 @@ from kontext.training.names import Names
 from kontext.training.objective import Objective
 from kontext.training.optimizers import evaluation_weights
 from kontext.training.plan import Plan
-from kontext.training.previews import Previews, Sample, prepare
+from kontext.training.previews import Previews, Rhythm, Sample, prepare
 from kontext.training.prompts import read_sample_prompts
 from kontext.training.session import Session, Start
 from kontext.training.state import Progress, changed_settings, latest_state, read_progress
@@ -51,11 +51,12 @@ def run(options: Train) -> None:
     train_whole.check(options)
     names = train_whole.names(options)
     network = train_network.network(options)
-    _check_writable(options.output_dir)
+    train_early.check_writable(options.output_dir, "--output-dir")
     start = _start(train_hub.fetched_state(options), names)
     team = values.team(options)
     seed = team.gather(_seed(options.seed, start))[0]
     batches = train_data.batches(options, seed)
+    train_early.check(options, network, batches, team.device)
     if options.show_timesteps:
         return show_timesteps(options, batches, names)
     held = train_data.held(options, names)
@@ -82,7 +83,7 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
     transformer, trained, team = train_model.model(options, kontext, run.network, run.team, seed)
     updates = values.updates(options, run.network, trained.parameters, plan, team.device)
     modules = trained.adapters if isinstance(trained, Adapters) else {}
-    updates = replace(updates, limit=train_network.limit(options, run.network, modules, updates.optimizer))
+    updates = replace(updates, limit=train_network.limit(options, modules))
     average = train_average.average(options, updates)
     start.load(updates, team, average)
     _introduce(plan, batches, trained, updates)
@@ -124,16 +125,6 @@ def _train(options: Train, run: Run, settings: dict[str, Any]) -> None:
     )
     with train_hub.uploads(options, team) as uploads:
         replace(session, written=train_hub.written(options, run.names, uploads)).run()
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises UserError now, not when the first save fails after hours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written to ({error.strerror}).") from error
 
 
 def _start(resume: Path | None, names: Names) -> Start:
@@ -205,6 +196,12 @@ def _samples(options: Train, kontext: Kontext, team: Team, seed: int) -> list[Sa
     Processes that are going to share one model draw each of them together.
     """
     if options.sample_prompts is None:
+        return []
+    if values.rhythm(options) == Rhythm():
+        console.notice(
+            "--sample-prompts: no sample is drawn without --sample-every-n-steps, --sample-every-n-epochs or "
+            "--sample-at-first."
+        )
         return []
     requests = read_sample_prompts(options.sample_prompts, values.sample_request(seed))
     console.say(f"Encoding {len(requests)} sample prompts")

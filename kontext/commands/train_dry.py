@@ -17,6 +17,7 @@ from kontext.data.cache import read_header
 from kontext.data.config import load_datasets
 from kontext.data.plan import identity
 from kontext.errors import UserError
+from kontext.memory.estimate import TRAINING_STEP
 from kontext.memory.needs import in_strips
 from kontext.model.latents import PATCH
 from kontext.model.transformer import TransformerConfig
@@ -65,9 +66,8 @@ def dry_run(options: Train, run: Run, outline: Outline) -> None:
         load_clip_tokenizer(options.tokenizer2, options.text_encoder2)
     saves = _forecast(options, run, outline)
     _show(options, run, outline, saves)
-    show_memory(
-        in_strips(outline.needs, options.vae_tiling == "on").estimate(train_needs.asked(options, run.team))
-    )
+    needed = in_strips(outline.needs, options.vae_tiling == "on")
+    show_memory(needed.estimate(train_needs.asked(options, run.team)), always=TRAINING_STEP)
     _check_disk(run.names, saves)
     console.say("Dry run: nothing was found that would fail. Nothing has been trained.")
 

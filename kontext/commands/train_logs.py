@@ -54,11 +54,16 @@ def log(options: Train, team: Team) -> Log | None:
             options.wandb_api_key.get_secret_value()
         )  # wandb.login would write it down
     config = {name: str(value) for name, value in without_secrets(options).items()}
-    team.accelerator.init_trackers(
-        options.log_tracker_name,
-        config=config if options.log_config else None,
-        init_kwargs=arguments(options, found),
-    )
+    try:
+        team.accelerator.init_trackers(
+            options.log_tracker_name,
+            config=config if options.log_config else None,
+            init_kwargs=arguments(options, found),
+        )
+    except TypeError as error:
+        if options.log_tracker_config is None:
+            raise
+        raise UserError(f"--log-tracker-config {options.log_tracker_config}: {error}.") from error
     return lambda values, step: team.accelerator.log(dict(values), step=step)
 
 

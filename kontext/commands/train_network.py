@@ -27,12 +27,15 @@ def network(options: Train) -> Network:
     )
 
 
-def limit(
-    options: Train, network: Network, modules: Mapping[str, AdapterLinear], optimizer: Optimizer
-) -> Limit | None:
-    """The limit that --scale-weight-norms sets. Raises UserError where there is nothing to be scaled."""
+def limit(options: Train, modules: Mapping[str, AdapterLinear]) -> Limit | None:
+    """The limit that --scale-weight-norms sets, if `check_limit` lets it."""
+    return None if options.scale_weight_norms is None else Limit(modules, options.scale_weight_norms)
+
+
+def check_limit(options: Train, network: Network, optimizer: type[Optimizer]) -> None:
+    """Raises UserError where --scale-weight-norms has nothing to scale."""
     if options.scale_weight_norms is None:
-        return None
+        return
     if network.kind == "dora":
         raise UserError(
             "--scale-weight-norms: a DoRA learns the lengths of a weight's rows, and adds nothing to it whose norm could be "
@@ -43,7 +46,6 @@ def limit(
             f"--scale-weight-norms: {options.optimizer_type} keeps two sets of weights, of which only one would be "
             "scaled. Take another optimizer."
         )
-    return Limit(modules, options.scale_weight_norms)
 
 
 def base_loras(options: Train) -> Loras:

@@ -79,11 +79,6 @@ def runtime(options: Train, team: Team) -> Runtime:
 
 
 def timesteps(options: Train) -> Timesteps:
-    if options.weighting_scheme in ("logit_normal", "mode") and options.timestep_sampling != "sigma":
-        console.notice(
-            f"--weighting-scheme {options.weighting_scheme} shapes --timestep-sampling sigma alone; it does nothing with "
-            f"{options.timestep_sampling}."
-        )
     return Timesteps(
         sampling=options.timestep_sampling,
         sigmoid_scale=options.sigmoid_scale,

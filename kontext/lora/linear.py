@@ -18,6 +18,10 @@ from kontext.lora.fuse import fuse
 from kontext.model.outputs import ALL, rows_of, some_outputs
 from kontext.quant import QuantisedLinear
 
+OTHER_KIND = (
+    "is no {} there. Set --network-module (and dora=true of --network-args for a DoRA) to the file's kind"
+)
+
 
 class AdapterLinear(nn.Module):
     """W0 x + scale * dW x for a frozen linear W0, where scale = alpha / rank; kinds differ in dW.
@@ -141,9 +145,12 @@ class LoraLinear(AdapterLinear):
     @torch.no_grad()
     def load(self, deltas: Sequence[Delta]) -> None:
         factors = fuse(deltas, self.base.out_features)
-        if factors is None or factors.rank != self.rank:
-            found = factors.rank if factors else "other"
-            raise Misfit(f"has rank {found} there and {self.rank} here. Set --network-dim to the file's rank")
+        if factors is None:
+            raise Misfit(OTHER_KIND.format("LoRA"))
+        if factors.rank != self.rank:
+            raise Misfit(
+                f"has rank {factors.rank} there and {self.rank} here. Set --network-dim to the file's rank"
+            )
         self.lora_down.weight.copy_(factors.down)
         self.lora_up.weight.copy_(factors.up.float() * (factors.scale / self.scale))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kontext.lora.build import Misfit
 from kontext.lora.deltas import Change, Delta, Hadamard, Kronecker
-from kontext.lora.linear import AdapterLinear, draw_normal, draw_uniform
+from kontext.lora.linear import OTHER_KIND, AdapterLinear, draw_normal, draw_uniform
 
 _SAME = 1e-4  # how much of a factor, by norm, may be lost when it is written as a product of this rank
 
@@ -44,7 +44,9 @@ class LohaLinear(AdapterLinear):
     @torch.no_grad()
     def load(self, deltas: Sequence[Delta]) -> None:
         change = _whole(deltas, self.base.out_features)
-        if not isinstance(change, Hadamard) or change.w1_a.shape[1] != self.rank:
+        if not isinstance(change, Hadamard):
+            raise Misfit(OTHER_KIND.format("LoHa"))
+        if change.w1_a.shape[1] != self.rank:
             raise Misfit(f"is no LoHa of rank {self.rank} there. Set --network-dim to the file's rank")
         for mine, theirs in zip(
             self.factors, (change.w1_a, change.w1_b, change.w2_a, change.w2_b), strict=True
@@ -94,7 +96,9 @@ class LokrLinear(AdapterLinear):
     def load(self, deltas: Sequence[Delta]) -> None:
         change = _whole(deltas, self.base.out_features)
         shape = (self.rows[1], self.columns[1])
-        if not isinstance(change, Kronecker) or tuple(change.w2.shape) != shape:
+        if not isinstance(change, Kronecker):
+            raise Misfit(OTHER_KIND.format("LoKr"))
+        if tuple(change.w2.shape) != shape:
             raise Misfit(
                 f"is no LoKr of these factors there, with a w2 of {shape[0]}x{shape[1]}. Set factor to the file's"
             )

@@ -13,6 +13,7 @@ from kontext.memory.weights import Placed, Weights
 from kontext.model.autoencoder import AutoencoderConfig
 from kontext.model.transformer import TransformerConfig
 
+TRAINING_STEP = "a training step"
 CONTEXT = 500_000_000  # CUDA's own code and buffers
 FLOAT32 = 4
 IN_FLIGHT = 2  # checkpoints on their way to or from the host
@@ -189,7 +190,7 @@ def training(
         sum(part.device for part in busy) < trained.nbytes
     ):  # the optimizer's own copies, when activations are gone
         return Stage("a step of the optimizer", (*fixed, Part("copies at work", trained.nbytes)))
-    return Stage("a training step", (*fixed, *busy))
+    return Stage(TRAINING_STEP, (*fixed, *busy))
 
 
 def denoising(weights: Weights, placed: Placed, work: Work, *, steps: int) -> Stage:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from kontext.errors import UserError
 from kontext.training.arguments import Value
 from kontext.training.optimizers import make_optimizer
 
@@ -21,7 +22,7 @@ def optimizer_bytes(
 ) -> int:
     """Bytes on `device` of the state of the optimizer `name` for parameters of these shapes.
 
-    Raises UserError as `make_optimizer` does.
+    Raises UserError as `make_optimizer` does, and for one that cannot take a step as training does.
     """
     counts = Counter(shapes)
     tried = [nn.Parameter(torch.full(_tried(shape), 0.1, device=device)) for shape in counts]
@@ -32,11 +33,18 @@ def optimizer_bytes(
         optimizer.is_paged = False
     for parameter in tried:
         parameter.grad = torch.full_like(parameter, 0.01)
-    optimizer.step()
+    _step(name, optimizer)
     return sum(
         count * _state_bytes(optimizer, parameter) * math.prod(shape) // parameter.numel()
         for parameter, (shape, count) in zip(tried, counts.items(), strict=True)
     )
+
+
+def _step(name: str, optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever a class of somebody else may raise
+        raise UserError(f"--optimizer-type {name}: cannot take a step here ({error}).") from error
 
 
 def _tried(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def class_of(name: str) -> tuple[type[Optimizer], dict[str, Value]]:
     module, _, attribute = path.rpartition(".")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         package = PACKAGES.get(module.partition(".")[0])
         remedy = f"install it with: pip install {package}" if package else "check the name"
         raise UserError(f"--optimizer-type {name}: {path} cannot be imported ({error}); {remedy}.") from error
@@ -64,6 +64,10 @@ def make_optimizer(
         raise UserError(
             "--optimizer-type prodigy finds one learning rate for all: leave out loraplus_lr_ratio and lr_patterns of "
             "--network-args, or take another optimizer."
+        )
+    if "lr" in arguments:
+        raise UserError(
+            "--optimizer-args: lr is --learning-rate (and lr_patterns of --network-args). Give it there."
         )
     try:
         made = optimizer([dict(group) for group in groups], **{**own, **arguments})

@@ -62,6 +62,18 @@ def test_memory_by_part(cached: Cached, tmp_path: Path, capsys: pytest.CaptureFi
     assert size(table["weights"][0]) == pytest.approx(dit.stat().st_size, abs=2**16)
 
 
+def test_the_parts_of_a_step_are_shown_though_samples_take_more(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("make it red --w 1024 --h 1024 --s 2")
+    assert dry(cached, tmp_path, f"--sample-prompts {prompts} --sample-at-first") == 0
+    table = shown(capsys.readouterr().out)
+    assert size(table["peak"][0]) > size(table["a training step"][0])
+    step = [table[part][0] for part in ("weights", "adapter", "gradients", "optimizer")]
+    assert 0 < sum(map(size, step)) < size(table["a training step"][0]) + 2**18  # each is rounded
+
+
 def test_a_run_that_goes_on(cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(cached, tmp_path, "--max-train-steps 2 --save-state --network-args dora=true") == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

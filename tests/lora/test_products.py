@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kontext.errors import UserError
-from kontext.lora.adapter import Size, targets, wrap
+from kontext.lora.adapter import Size, attach, targets, wrap
 from kontext.lora.files import load_weights, save_lora
 from kontext.lora.linear import AdapterLinear
 from kontext.lora.products import LohaLinear, LokrLinear, factorise
@@ -137,8 +137,10 @@ def test_a_file_of_another_kind_or_size_is_refused(tmp_path: Path):
     _, modules = wrapped("loha")
     save_lora(tmp_path / "a.safetensors", modules)
     adapter = read(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="is no LoKr of these factors"):
+    with pytest.raises(UserError, match="is no LoKr there. Set --network-module"):
         load_weights(wrapped("lokr")[1], adapter)
+    with pytest.raises(UserError, match="is no LoRA there. Set --network-module"):
+        load_weights(attach(make_transformer(CONFIG), rank=4, alpha=1, seed=0), adapter)
     model = make_transformer(CONFIG)
     other = wrap(model, dict.fromkeys(targets(model), Size(5, 1)), seed=0, make=LohaLinear)
     with pytest.raises(UserError, match="is no LoHa of rank 5"):

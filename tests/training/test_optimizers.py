@@ -66,6 +66,11 @@ def test_unknown_names_are_refused(name: str, words: str) -> None:
         class_of(name)
 
 
+def test_the_learning_rate_is_no_argument() -> None:
+    with pytest.raises(UserError, match="lr is --learning-rate"):
+        make_optimizer("adamw", groups(), arguments={"lr": 0.5})
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(UserError, match="pip install prodigyopt"):

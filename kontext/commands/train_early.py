@@ -1,0 +1,64 @@
+"""What of a run's options would fail only once its models are loaded, tried before."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kontext import console
+from kontext.commands import train_logs, train_network
+from kontext.commands import train_values as values
+from kontext.data.batches import Batches
+from kontext.errors import UserError
+from kontext.model.latents import PIXELS_PER_TOKEN
+from kontext.options.train import Train
+from kontext.timesteps import distribution
+from kontext.training.arguments import parse_arguments
+from kontext.training.footprint import optimizer_bytes
+from kontext.training.network import Network
+from kontext.training.optimizers import class_of
+
+TRIED = (8, 8)  # the shape of a parameter that the optimizer takes a step with
+
+
+def check(options: Train, network: Network, batches: Batches, device: torch.device) -> None:
+    """Raises UserError for what the run would fail with on `device`."""
+    _check_adapters(options)
+    _check_levels(options, batches)
+    arguments = parse_arguments(options.optimizer_args, "--optimizer-args")
+    optimizer_bytes(options.optimizer_type, [TRIED], arguments=arguments, device=device)
+    train_network.check_limit(options, network, class_of(options.optimizer_type)[0])
+    train_logs.arguments(options, train_logs.trackers(options))
+    if options.logging_dir is not None:
+        check_writable(options.logging_dir, "--logging-dir")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises UserError now, not when the first save fails after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be written to ({error.strerror}).") from error
+
+
+def _check_adapters(options: Train) -> None:
+    given = [] if options.network_weights is None else [options.network_weights]
+    for option, paths in (("--network-weights", given), ("--base-weights", options.base_weights)):
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{option}: there is no file or folder {path}.")
+
+
+def _check_levels(options: Train, batches: Batches) -> None:
+    """A range of noise levels may hold nothing of their distribution."""
+    if options.weighting_scheme in ("logit_normal", "mode") and options.timestep_sampling != "sigma":
+        console.notice(
+            f"--weighting-scheme {options.weighting_scheme} shapes --timestep-sampling sigma alone; it does nothing with "
+            f"{options.timestep_sampling}."
+        )
+    settings = values.timesteps(options)
+    sizes = {entry.target for group in batches.groups for entry in group.entries}
+    for width, height in sizes:
+        distribution(settings, (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))

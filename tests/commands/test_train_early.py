@@ -1,0 +1,60 @@
+"""What `kontext train` refuses before it loads a model, and so in a dry run too."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.command import train
+from tests.training.dataset import Cached
+
+NARROW = "--timestep-sampling logsnr --logit-std 0.01 --max-timestep 1 --preserve-distribution-shape"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (NARROW, "nothing between 0 and 0.001"),
+        ("--scale-weight-norms 1 --network-args dora=true", "--scale-weight-norms: a DoRA"),
+        (
+            "--scale-weight-norms 1 --optimizer-type adamwschedulefree",
+            "--scale-weight-norms: adamwschedulefree",
+        ),
+        ("--optimizer-type torch.optim.LBFGS", "LBFGS: cannot take a step here"),
+        ("--optimizer-type torch.optim.SparseAdam", "does not support dense gradients"),
+        ("--optimizer-args wrong=1", "--optimizer-args"),
+        ("--logging-dir {file}/logs", "--logging-dir {file}/logs: cannot be written to"),
+        ("--logging-dir {folder} --log-tracker-config {file}", "--log-tracker-config {file}: "),
+        ("--network-weights {folder}/none", "--network-weights: there is no file or folder {folder}/none"),
+        ("--base-weights {folder}/none", "--base-weights: there is no file or folder {folder}/none"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_no_model_is_loaded_for_nothing(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str, message: str, dry: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("[wandb")
+    places = {"file": file, "folder": tmp_path}
+    assert train(cached, tmp_path / "out", f"{dry} {settings.format(**places)}") == 2
+    told = capsys.readouterr().err
+    assert message.format(**places) in told and "Loading" not in told
+
+
+def test_arguments_that_a_logger_does_not_have(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "trackers.toml"
+    config.write_text("[tensorboard]\nwrong = 1\n")
+    logs = f"--logging-dir {tmp_path}/logs --log-tracker-config {config}"
+    assert train(cached, tmp_path / "out", f"--max-train-steps 1 {logs}") == 2
+    assert f"--log-tracker-config {config}: " in capsys.readouterr().err
+
+
+def test_prompts_of_which_none_is_drawn(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("make it red --w 64 --h 64 --s 2")
+    assert train(cached, tmp_path / "out", f"--max-train-steps 1 --sample-prompts {prompts}") == 0
+    told = capsys.readouterr().err
+    assert "--sample-prompts: no sample is drawn without" in told and "Encoding" not in told
