@@ -20,6 +20,7 @@ from kontext.memory.estimate import CONTEXT
 from kontext.memory.needs import PictureNeeds, Pictures, in_strips
 from kontext.model.transformer import TransformerConfig
 from kontext.options.generate import Generate
+from kontext.quant import restores_strips
 
 
 def read_needs(
@@ -52,11 +53,13 @@ def needs(
 ) -> PictureNeeds:
     """adapter: bytes of LoRAs beside the weights."""
     precision = precision_of(options.dtype, device)
+    strips = restores_strips(device, precision.computing)
+    mode = quantization(options, device)
     return PictureNeeds(
-        weights=transformer_weights(config, precision, quantization(options, device)),
+        weights=transformer_weights(config, precision, mode, strips=strips and not options.compile),
         pictures=pictures,
         vae=vae_of(options, models, device),
-        text=text_of(options, models.text, precision),
+        text=text_of(options, models.text, precision, strips=strips),
         adapter=adapter,
         keep=options.interactive,
         context=CONTEXT if device.type == "cuda" else 0,

@@ -17,9 +17,7 @@ from kontext.model.t5 import T5Encoder
 from kontext.model.transformer import TransformerConfig
 from kontext.options.generate import Generate
 from kontext.options.train import Train
-from kontext.quant import Mode, quantisable, stored_bytes
-
-ONE_COPY = (None, "fp8", "nf4")  # forms of weights that are made plain in one step
+from kontext.quant import STRIP, Mode, quantisable, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,16 @@ def _numbers(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def transformer_weights(config: TransformerConfig, precision: Precision, mode: Mode | None) -> Weights:
-    """mode: the form of the blocks' linears on tokens, where it is in few bits."""
+def transformer_weights(
+    config: TransformerConfig, precision: Precision, mode: Mode | None, *, strips: bool = False
+) -> Weights:
+    """mode: the form of the blocks' linears on tokens, where it is in few bits; strips: as in `restored`."""
     itemsize, kept = precision.computing.itemsize, precision.kept.itemsize
     if mode is None and kept == itemsize:
         return weights_of(config, itemsize=itemsize)
     linear = partial(_linear_bytes, mode=mode, kept=kept)
-    return weights_of(config, itemsize=itemsize, linear=linear, copies=_copies(mode), kept=kept)
+    many = partial(restored, mode=mode, strips=strips)
+    return weights_of(config, itemsize=itemsize, linear=linear, restored=many, kept=kept)
 
 
 def _linear_bytes(rows: int, columns: int, *, mode: Mode | None, kept: int) -> int:
@@ -78,9 +79,15 @@ def _linear_bytes(rows: int, columns: int, *, mode: Mode | None, kept: int) -> i
     return rows * columns * kept if plain else stored_bytes(rows, columns, mode)
 
 
-def _copies(mode: Mode | None) -> int:
-    """How often a weight that is kept in another form is there in the compute type while it is used."""
-    return 1 if mode in ONE_COPY else 2
+def restored(numbers: int, *, mode: Mode | None, strips: bool) -> int:
+    """Numbers in the compute type that a product takes with a weight of so many, which is kept in another form.
+
+    strips: whether some rows at a time are restored, as by `quant.restored`. Products of 8-bit numbers restore
+    nothing, and take about twice that for results in 32 bits.
+    """
+    if mode is not None and mode.endswith("_fast"):
+        return 2 * numbers
+    return min(numbers, STRIP) if strips else numbers
 
 
 def vae_of(options: Generate | Train, models: PictureModels, device: torch.device) -> Vae:
@@ -88,8 +95,10 @@ def vae_of(options: Generate | Train, models: PictureModels, device: torch.devic
     return Vae(models.autoencoder, models.numbers * itemsize, itemsize, options.vae_tiling == "on")
 
 
-def text_of(options: Generate | Train, text: TextSizes, precision: Precision) -> Text:
-    """The encoders; with --fp8-t5 T5's linears in 8 bits."""
+def text_of(
+    options: Generate | Train, text: TextSizes, precision: Precision, *, strips: bool = False
+) -> Text:
+    """The encoders; with --fp8-t5 T5's linears in 8 bits. strips: as in `restored`."""
     mode: Mode | None = "int8" if options.fp8_t5 else None
     itemsize, kept = precision.computing.itemsize, precision.kept.itemsize
     linears = sum(count * _linear_bytes(*shape, mode=mode, kept=kept) for shape, count in text.linears)
@@ -99,5 +108,5 @@ def text_of(options: Generate | Train, text: TextSizes, precision: Precision) ->
         heads=text.heads,
         width=text.width,
         length=options.t5_max_length,
-        scratch=_copies(mode) * widest * itemsize if mode or kept != itemsize else 0,
+        scratch=restored(widest, mode=mode, strips=strips) * itemsize if mode or kept != itemsize else 0,
     )

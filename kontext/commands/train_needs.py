@@ -22,6 +22,7 @@ from kontext.memory.needs import Pictures, TrainingNeeds
 from kontext.model.latents import PIXELS_PER_TOKEN
 from kontext.model.transformer import TransformerConfig
 from kontext.options.train import Train
+from kontext.quant import restores_strips
 from kontext.training import trained as kinds
 from kontext.training.ahead import WINDOW
 from kontext.training.arguments import parse_arguments
@@ -92,15 +93,17 @@ def needs(
     frozen = (
         Precision(precision.computing, precision.computing) if train_whole.is_whole(options) else precision
     )
+    strips = restores_strips(device, precision.computing)
+    mode = quantization(options, device)
     return TrainingNeeds(
-        weights=transformer_weights(config, frozen, quantization(options, device)),
+        weights=transformer_weights(config, frozen, mode, strips=strips and not options.compile),
         trained=trained,
         work=work,
         ahead=WINDOW,
         whole_modulation=whole_modulation,
         pictures=pictures,
         vae=models and vae_of(options, models, device),
-        text=models and text_of(options, models.text, precision),
+        text=models and text_of(options, models.text, precision, strips=strips),
         context=CONTEXT if device.type == "cuda" else 0,
     )
 

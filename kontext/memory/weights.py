@@ -72,13 +72,14 @@ def weights_of(
     *,
     itemsize: int,
     linear: LinearBytes | None = None,
-    copies: int = 0,
+    restored: Callable[[int], int] | None = None,
     kept: int | None = None,
 ) -> Weights:
     """Counted on a model of one block of each kind, on the meta device.
 
     itemsize: bytes of a number in the compute type; linear: for the blocks' linears if they are kept in another, and
-    copies how often a weight exists in the compute type while it is used; kept: the same for a number of modulation's.
+    restored the numbers in the compute type that are there while a weight of so many is used; kept: bytes of a number of
+    modulation's weights.
     """
     with torch.device("meta"):
         model = Transformer(replace(config, double_blocks=1, single_blocks=1))
@@ -88,7 +89,7 @@ def weights_of(
         config,
         *(_block_bytes(block, itemsize, linear, kept or itemsize) for block in model.blocks()),
         outer=sum(p.numel() for p in model.parameters() if p not in inside) * itemsize,
-        scratch=copies * widest * itemsize,
+        scratch=restored(widest) * itemsize if restored else 0,
     )
 
 

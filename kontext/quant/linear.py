@@ -3,11 +3,11 @@
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kontext.model.outputs import ALL, rows_of
 from kontext.quant.products import multiply, multiply_back
+from kontext.quant.restored import Restored, columns_of
 from kontext.quant.values import Mode, Quantised, dequantise, grained
 
 
@@ -19,18 +19,6 @@ class Product(Protocol):
 
     @staticmethod
     def back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor: ...
-
-
-class Restored:
-    """The product with a weight that is restored for it."""
-
-    @staticmethod
-    def forth(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.linear(x, dequantise(weight, scale, x.dtype), bias)
-
-    @staticmethod
-    def back(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        return gradient @ dequantise(weight, scale, gradient.dtype)
 
 
 class Rounded:
@@ -67,8 +55,7 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
-        packed = 2 if weight.dtype == torch.uint8 else 1
-        self.out_features, self.in_features = weight.shape[0], packed * weight.shape[1]
+        self.out_features, self.in_features = weight.shape[0], columns_of(weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -149,11 +149,18 @@ def _round_to_fp8(values: Tensor, beside: Tensor) -> Tensor:
     return values.add_(beside).sub_(beside)
 
 
-def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) that the two tensors of a `Quantised` stand for."""
-    if scale is None:
+def dequantise(
+    weight: Tensor, scale: Tensor | None, dtype: torch.dtype, *, room: Tensor | None = None
+) -> Tensor:
+    """The weight (out, in) that the two tensors of a `Quantised` stand for. room: a tensor like it, to be used for it.
+
+    Of 4 bits it comes in memory of its own all the same.
+    """
+    if scale is None and room is None:
         return weight.to(dtype)
     if weight.dtype == torch.uint8:
         return four.unpack(weight, scale, dtype)
-    blocks = weight.to(dtype).view(weight.shape[0], scale.shape[1], -1)
-    return (blocks * scale[..., None]).to(dtype).view(weight.shape)
+    plain = (weight.new_empty(weight.shape, dtype=dtype) if room is None else room).copy_(weight)
+    if scale is not None:
+        plain.view(len(scale), scale.shape[1], -1).mul_(scale[..., None])
+    return plain

@@ -59,7 +59,26 @@ def test_flux_takes_little_over_two_bytes_a_weight():
     plain, double = transformer_weights(REAL, BFLOAT16, None), transformer_weights(REAL, PRECISIONS[0], None)
     found, least, most = (each.placed(Placement()).device for each in (kept, plain, double))
     assert least < found < least * 1.01 and most == 2 * least
-    assert kept.scratch < 0.3e9
+
+
+def test_a_weight_in_few_bits_is_restored_once_or_in_strips():
+    """The largest is linear1 of the single blocks, of 7 times 3072 x 3072 numbers; a strip has 2 million."""
+    computing = Precision(torch.float32, torch.bfloat16)
+    for mode in (None, "fp8", "fp8_scaled", "int8", "nf4"):
+        assert transformer_weights(REAL, computing, mode).scratch == 4 * 7 * 3072**2
+        assert transformer_weights(REAL, computing, mode, strips=True).scratch == 4 * 2**21
+    assert transformer_weights(REAL, PRECISIONS[0], None, strips=True).scratch == 0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_so_are_those_of_t5(precision, fp8):
+    """Its largest are 4096 x 10240."""
+    options = Generate(fp8_t5=fp8)
+    there = fp8 or precision.kept != precision.computing
+    size = precision.computing.itemsize if there else 0
+    assert text_of(options, MODELS.text, precision).scratch == size * 4096 * 10240
+    assert text_of(options, MODELS.text, precision, strips=True).scratch == size * 2**21
 
 
 def test_the_published_text_encoders():

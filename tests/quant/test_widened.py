@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kontext.quant import keep_in, widened
+from kontext.quant import keep_in, restored
 from kontext.quant.widened import WidenedLinear
 from tests.quant.test_values import draw
 
@@ -18,7 +18,7 @@ def layer_of(*, bias=True, out=50, columns=64):
 @pytest.fixture(params=[64 * 7, 64 * 50, 64 * 1000, 1], ids=["strips", "one", "large", "rows"])
 def strip(request, monkeypatch):
     """Strips of 7 rows, the last of one; one that is the whole weight; more than that; rows one by one."""
-    monkeypatch.setattr(widened, "STRIP", request.param)
+    monkeypatch.setattr(restored, "STRIP", request.param)
 
 
 @pytest.mark.parametrize("bias", [True, False])
