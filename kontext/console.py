@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from traceback import format_exception
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -55,12 +56,41 @@ def say(text: str) -> None:
 
 def notice(text: str) -> None:
     """Something was decided or changed for the user: a size was rounded, a file was skipped."""
-    _line(_stderr(), "note: ", "cyan", text)
+    remark(Remark("note", text))
 
 
 def warn(text: str) -> None:
     """Something is probably not what the user wants."""
-    _line(_stderr(), "warning: ", "yellow", text)
+    remark(Remark("warning", text))
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What `notice` (kind note) or `warn` (kind warning) says."""
+
+    kind: Literal["note", "warning"]
+    text: str
+
+
+_overheard: list[list[Remark]] = []
+
+
+def remark(said: Remark) -> None:
+    """Says it as `notice` or `warn` would."""
+    for heard in _overheard:
+        heard.append(said)
+    _line(_stderr(), f"{said.kind}: ", "cyan" if said.kind == "note" else "yellow", said.text)
+
+
+@contextmanager
+def overheard() -> Iterator[list[Remark]]:
+    """The remarks made within, also those of a process that is not heard: for the one that is."""
+    heard: list[Remark] = []
+    _overheard.append(heard)
+    try:
+        yield heard
+    finally:
+        _overheard.pop()
 
 
 def error(text: str) -> None:

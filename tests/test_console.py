@@ -25,6 +25,24 @@ def test_messages_go_to_stderr_on_one_line_unchanged(capsys: pytest.CaptureFixtu
     ]
 
 
+def test_remarks_of_a_silent_process_can_be_said_by_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_process", lambda: 1)
+    with console.overheard() as outer:
+        console.notice("rounded")
+        with console.overheard() as inner:
+            console.warn("careful")
+        console.say("done")
+    console.notice("later")
+    assert capsys.readouterr().err == ""
+    assert [remark.text for remark in outer] == ["rounded", "careful"] and inner == outer[1:]
+    monkeypatch.setattr(console, "_process", lambda: 0)
+    for remark in outer:
+        console.remark(remark)
+    assert capsys.readouterr().err.splitlines() == ["note: rounded", "warning: careful"]
+
+
 def test_what_was_asked_for_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     console.output(f'x = "{LONG} [a]"')
     assert capsys.readouterr().out == f'x = "{LONG} [a]"\n'

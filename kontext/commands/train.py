@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from secrets import randbits
 from typing import Any
@@ -206,9 +207,14 @@ def _samples(options: Train, kontext: Kontext, team: Team, seed: int) -> list[Sa
     requests = read_sample_prompts(options.sample_prompts, values.sample_request(seed))
     console.say(f"Encoding {len(requests)} sample prompts")
     count = len(requests)
-    return prepare(
-        kontext, requests, range(count) if train_whole.is_split(options, team) else team.deal(count)
-    )
+    mine = range(count) if train_whole.is_split(options, team) else team.deal(count)
+    with console.overheard() as remarks:
+        samples = prepare(kontext, requests, mine)
+    told, *others = team.gather(remarks)
+    for remark in dict.fromkeys(chain(*others)):
+        if team.leads and remark not in told:
+            console.remark(remark)
+    return samples
 
 
 def _introduce(plan: Plan, batches: Batches, trained: Trained, updates: Updates) -> None:

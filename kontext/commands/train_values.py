@@ -3,10 +3,11 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import patch_environment
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import nn
 from torch.amp import GradScaler
 
@@ -55,6 +56,7 @@ def team(options: Train) -> Team:
             mixed_precision="no",  # precision is chosen module by module, not by autocast
             log_with=train_logs.trackers(options) or None,
             project_dir=train_logs.folder(options),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout))],
         )
     return Team(accelerator)
 

@@ -175,6 +175,12 @@ class Length(Options):
         "Keep the loading processes from epoch to epoch, so that no epoch waits for its first batch.",
         default=True,
     )
+    ddp_timeout: float = option(
+        "Of several processes: minutes that one waits for another that has not ended but does not come, such as one that "
+        "writes a whole model.",
+        default=360,
+        gt=0,
+    )
 
 
 class Memory(Options):

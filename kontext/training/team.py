@@ -116,9 +116,9 @@ class Team:
             if not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)):
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"Another process of this run has ended; see its own message. ({reason})"
-            ) from error
+            late = re.search("timed? ?out", reason, re.IGNORECASE)
+            what = "does not answer (--ddp-timeout)" if late else "has ended"
+            raise UserError(f"Another process of this run {what}; see its own message. ({reason})") from error
 
     def finish(self) -> None:
         """Wait until every process has come here, then close logs and the connection."""

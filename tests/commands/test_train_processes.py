@@ -1,6 +1,7 @@
 """Training shared by two processes."""
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from kontext.cli import main
 from kontext.commands import train_values
 from kontext.training.team import Team
-from tests.launch import accelerate_launch, encoded, launch, loaded
+from tests.launch import Launch, accelerate_launch, encoded, launch, loaded
 from tests.training.command import files, train, words
 from tests.training.dataset import Cached
 
@@ -46,8 +47,12 @@ def test_two_train_as_one_and_share_items_and_samples(cached: Cached, tmp_path: 
         launch(tmp_path / "b", *words(cached, sampled, f"{SETTINGS} {sampling}")),
     ]
     assert train(cached, alone, f"{SETTINGS} {sampling} --gradient-accumulation-steps 2") == 0
-    for code, shown in [end for run in runs for end in run.ended()]:
+    ends = [end for run in runs for end in run.ended()]
+    for code, shown in ends:
         assert code == 0, shown
+    assert ends[1][1].count("resized to Kontext's nearest size") == 1, (
+        "of a reference that the second encodes"
+    )
 
     one, two = (load_file(folder / "edit.safetensors") for folder in (alone, plain))
     for name, tensor in one.items():
@@ -125,13 +130,32 @@ def test_processes_that_would_not_train_alike_do_not_begin(
     assert told in " ".join(capfd.readouterr().err.split())
 
 
-def test_when_one_is_killed_the_other_ends_with_an_error(cached: Cached, tmp_path: Path) -> None:
-    run = launch(tmp_path, *words(cached, tmp_path / "out", "--max-train-steps 100000"))
-    history, deadline = tmp_path / "out" / "edit.history.jsonl", time.monotonic() + 90
+def at_work(cached: Cached, folder: Path, settings: str) -> Launch:
+    """Two processes that are in the middle of a long run, which writes to `folder`/out."""
+    run = launch(folder, *words(cached, folder / "out", f"--max-train-steps 100000 {settings}"))
+    history, deadline = folder / "out" / "edit.history.jsonl", time.monotonic() + 90
     while not (history.exists() and history.read_text().count("loss")):
         assert time.monotonic() < deadline and run.processes[0].poll() is None
         time.sleep(0.1)
+    return run
+
+
+def test_when_one_is_killed_the_other_ends_with_an_error(cached: Cached, tmp_path: Path) -> None:
+    run = at_work(cached, tmp_path, "")
     run.processes[1].kill()
     (code, shown), (other_code, _) = run.ended(60)
     assert other_code == -9 and code == 2 and "Another process of this run has ended" in shown
     assert "stopped" in (tmp_path / "out" / "edit.html").read_text()
+
+
+def test_one_that_does_not_come_is_waited_for_as_long_as_was_said(cached: Cached, tmp_path: Path) -> None:
+    run = at_work(cached, tmp_path, "--ddp-timeout 0.1")
+    run.processes[1].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        shown = run.processes[0].communicate(timeout=60)[0]
+    finally:
+        run.processes[1].kill()
+        run.processes[1].communicate()
+    assert run.processes[0].returncode == 2 and "does not answer (--ddp-timeout)" in shown
+    assert 5 < time.monotonic() - begun < 30

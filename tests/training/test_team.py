@@ -56,6 +56,15 @@ def test_a_lost_connection_is_told_in_one_sentence(error: RuntimeError) -> None:
         raise error
 
 
+def test_a_process_that_does_not_come_is_told_apart() -> None:
+    error = RuntimeError(
+        "[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation"
+    )
+    said = r"^Another process of this run does not answer \(--ddp-timeout\); see its own message\."
+    with pytest.raises(UserError, match=said), Team(Accelerator(cpu=True)).in_touch():
+        raise error
+
+
 def test_other_errors_are_as_they_were() -> None:
     for error in (
         RuntimeError("size mismatch"),
