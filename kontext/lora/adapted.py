@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kontext.model.outputs import rows_of
+from kontext.model.remade import needless
 from kontext.quant import Product, QuantisedLinear
 
 
@@ -51,7 +52,8 @@ def low_rank_product(
     """
     mask = None if mask is None else mask.flatten(0, -2)
     frozen = base.product, base.weight, base.by_block, base.bias
-    return _LowRank.apply(x.flatten(0, -2), down, up, scale, mask, *frozen).unflatten(0, x.shape[:-1])
+    product = _LowRank.apply(x.flatten(0, -2), down, up, scale, mask, *frozen, needless.get())
+    return product.unflatten(0, x.shape[:-1])
 
 
 def stretched_product(
@@ -88,17 +90,20 @@ class _LowRank(torch.autograd.Function):
         weight: Tensor,
         by_block: Tensor | None,
         bias: Tensor | None,
+        needless: bool = False,
     ) -> Tensor:
         hidden = F.linear(x, down.to(x.dtype))
         if mask is not None:
             hidden *= mask
         ctx.save_for_backward(x, hidden, down, up, mask, weight, by_block)
         ctx.scale, ctx.product = scale, product
+        if needless:
+            return x.new_zeros(()).expand(len(x), len(up))
         return product.forth(x, weight, by_block, bias).addmm_(hidden, up.to(x.dtype).t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_low_rank_gradients(ctx, gradient, *ctx.saved_tensors), *[None] * 6
+        return *_low_rank_gradients(ctx, gradient, *ctx.saved_tensors), *[None] * 7
 
 
 def _low_rank_gradients(

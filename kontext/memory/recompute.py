@@ -1,7 +1,7 @@
 """Gradient checkpointing: a block forgets what it computed and computes it again in the backward pass."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from kontext.memory.copier import Copier
 from kontext.memory.offloading import Shelf
 from kontext.memory.policies import Policies, places
 from kontext.memory.wrapped import Wrapped
+from kontext.model.remade import repeating, within
 from kontext.model.transformer import Transformer
 
 recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -39,7 +40,8 @@ class Recomputed(Wrapped):
             return self.block(*inputs, **named)
         with self._storage():
             block = partial(self.block, **named)
-            return checkpoint(partial(_call, block, mod, pe), *streams, use_reentrant=False)
+            runs = partial(_runs, modulation_is_trained=mod.requires_grad)
+            return checkpoint(partial(_call, block, mod, pe), *streams, use_reentrant=False, context_fn=runs)
 
     def _storage(self) -> AbstractContextManager[object]:
         return saved_tensors_hooks(self.shelf.pack, self.shelf.unpack) if self.shelf else nullcontext()
@@ -48,17 +50,15 @@ class Recomputed(Wrapped):
 def _call(
     block: Callable[..., Any], mod: Tensor, pe: Tensor, *streams: Tensor
 ) -> Tensor | tuple[Tensor, ...]:
-    with _marked():
+    with within(recomputing):
         return block(*streams, mod, pe)
 
 
-@contextmanager
-def _marked() -> Iterator[None]:
-    token = recomputing.set(True)
-    try:
-        yield
-    finally:
-        recomputing.reset(token)
+def _runs(
+    *, modulation_is_trained: bool
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the first run and of the second. What is learned for a gate takes the product that it scales."""
+    return nullcontext(), nullcontext() if modulation_is_trained else within(repeating)
 
 
 def recompute_blocks(

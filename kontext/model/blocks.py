@@ -14,7 +14,7 @@ from kontext.model.attention import Attend, attention, sdpa
 from kontext.model.elementwise import gated, join, modulate, residual, split_heads, turned
 from kontext.model.gelu import beside, gelu
 from kontext.model.outputs import some_outputs
-from kontext.model.remade import product, projection
+from kontext.model.remade import last, product, projection
 
 Span = tuple[int, int]
 """The first of some tokens that follow each other, and their number."""
@@ -97,7 +97,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         widen, activate, narrow = self
-        return narrow(activate(product(widen, x)))
+        return last(narrow, activate(product(widen, x)))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -161,7 +161,7 @@ class SingleStreamBlock(nn.Module):
             pe, others_pe = apart(pe, wanted, 2)
             seen = self.keys_and_values(modulate(others, shift, scale), others_pe)
         out, hidden = self.attention(modulate(x, shift, scale), pe, seen)
-        return gated(x, gate, self.linear2(beside(out, hidden)))
+        return gated(x, gate, last(self.linear2, beside(out, hidden)))
 
     def attention(self, x: Tensor, pe: Tensor, seen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Over x and what is `seen` beside it, and what the MLP goes on with.

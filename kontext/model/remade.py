@@ -3,9 +3,12 @@
 A block marks what is cheap to repeat with `remade`, and calls what is dear to repeat through `product`. Both compute
 as always. Only while somebody takes notes (`memory.remaking`) are result and inputs noted, and the backward pass is
 given the inputs, which are kept anyway.
+
+A block that runs a second time as a whole (`memory.recompute`) can do without the product that ends it, `last`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, Protocol
@@ -30,6 +33,12 @@ class Notes(Protocol):
 
 
 notes: ContextVar[Notes | None] = ContextVar("notes", default=None)
+
+repeating: ContextVar[bool] = ContextVar("repeating", default=False)
+"""True while a block runs for what its backward pass needs, and its result goes nowhere."""
+
+needless: ContextVar[bool] = ContextVar("needless", default=False)
+"""True within a product whose result goes nowhere. Where that saves work, it may be anything of the right shape."""
 
 
 def _taker() -> Notes | None:
@@ -58,3 +67,21 @@ def product(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), as `Notes.product` says."""
     taker = _taker()
     return function(*inputs) if taker is None else taker.product(function, inputs)
+
+
+def last(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """linear(x), which is scaled and added to what the block gives, and to nothing else."""
+    if torch.compiler.is_compiling() or not repeating.get():
+        return linear(x)
+    with within(needless):
+        return linear(x)
+
+
+@contextmanager
+def within(mark: ContextVar[bool]) -> Iterator[None]:
+    """Within, `mark` is set."""
+    token = mark.set(True)
+    try:
+        yield
+    finally:
+        mark.reset(token)

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from kontext.memory.recompute import recompute_blocks
 from kontext.training.network import Network, build
+from tests.memory.test_remaking import IMAGE, TOKENS, WIDTH, adapted, forward
 from tests.training.world import CONFIG, small_transformer
 
 
@@ -34,3 +36,24 @@ def saved_bytes(recompute: bool) -> int:
 
 def test_less_is_kept() -> None:
     assert saved_bytes(recompute=True) < 0.5 * saved_bytes(recompute=False)
+
+
+def operations(recompute: bool) -> tuple[int, int]:
+    """Of the blocks in a forward pass, and of the backward pass."""
+    model = adapted(double=1, single=1)
+    if recompute:
+        recompute_blocks(model)
+    with FlopCounterMode(display=False) as counter:
+        loss = forward(model).square().mean()
+        counts = counter.get_flop_counts()
+        in_blocks = sum(sum(counts[f"Transformer.{kind}_blocks.0"].values()) for kind in ("double", "single"))
+        before = counter.get_total_flops()
+        loss.backward()
+    return in_blocks, counter.get_total_flops() - before
+
+
+def test_the_products_that_end_a_block_are_computed_once() -> None:
+    hidden = 4 * WIDTH
+    double, single = TOKENS * hidden, IMAGE * (WIDTH + hidden)  # the last block is asked for the image alone
+    (forth, plain), (_, recomputed) = operations(False), operations(True)
+    assert recomputed - plain == forth - 2 * WIDTH * (double + single)

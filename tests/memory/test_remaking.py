@@ -106,6 +106,7 @@ def arranged(model: Transformer, *, selective: bool, streamed: bool, recomputed:
 
 
 PLAIN, DROPOUT, DORA, LOKR = {}, {"dropout": 0.3}, {"kind": "dora"}, {"kind": "lokr"}
+MODULATION = {"include_patterns": (r".*(mod\.lin|modulation\.lin|linear2|mlp\.2)",)}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ PLAIN, DROPOUT, DORA, LOKR = {}, {"dropout": 0.3}, {"kind": "dora"}, {"kind": "l
         (DROPOUT, True, False, True),
         (DORA, True, True, False),
         (LOKR, True, False, True),
+        (MODULATION, False, False, True),
     ],
     ids=str,
 )
