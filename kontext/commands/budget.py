@@ -45,7 +45,7 @@ def for_training(options: Train, needs: TrainingNeeds, device: torch.device) -> 
     """The options with what --vram-budget chooses. Raises UserError if nothing fits."""
     from kontext.commands import train_values, train_whole  # half a second that pictures do not wait for
 
-    mix = train_values.mix(options, device)
+    mix = train_values.mix(options)
     frozen = not train_whole.is_whole(options)
     possible: Iterable[Setup] = setups(
         needs.weights.config,

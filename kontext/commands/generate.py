@@ -82,6 +82,11 @@ def _check_mode(options: Generate) -> None:
     used = [flag_name(name) for name in sources if getattr(options, name)]
     if len(used) > 1:
         raise UserError(f"{' and '.join(used)} cannot be used together; give one of them.")
+    for name in ("latent_path", "save_merged_model"):
+        if options.dry_run and getattr(options, name):
+            raise UserError(
+                f"--dry-run is for making pictures; with {flag_name(name)} there is nothing to try first."
+            )
     if options.latent_path and options.output_type == "latent":
         raise UserError("--latent-path makes pictures; leave out --output-type latent.")
     _check_references(options)

@@ -9,7 +9,7 @@ from kontext import console
 from kontext.checkpoints import empty_transformer, load_clip_tokenizer, load_t5_tokenizer
 from kontext.commands.memory_table import show_memory
 from kontext.commands.model_sizes import PictureModels, picture_models, text_of, transformer_weights, vae_of
-from kontext.commands.models import placement, quantization
+from kontext.commands.models import model_runtime, quantization
 from kontext.commands.picture_needs import Sizes, largest
 from kontext.device import precision_of
 from kontext.generation.parts import Loras
@@ -67,8 +67,8 @@ def needs(
 
 
 def asked(options: Generate, device: torch.device) -> Setup:
-    """The setup that the options ask for."""
-    return Setup(placement(options, device))
+    """The setup that the options ask for. Says what on this device is not as asked."""
+    return Setup(model_runtime(options, device, dtype=options.dtype, keep=options.interactive).placement)
 
 
 def dry_run(
@@ -82,10 +82,11 @@ def dry_run(
     assert options.text_encoder1 and options.text_encoder2
     load_t5_tokenizer(options.tokenizer1, options.text_encoder1)
     load_clip_tokenizer(options.tokenizer2, options.text_encoder2)
+    setup = asked(options, device)
     columns = ("picture", "prompt", "size", "references", "steps", "seed")
     rows = [_row(*each) for each in zip(count(1), requests, sizes, strict=False)]
     console.table("Pictures", columns, rows, asked=True)
-    show_memory(in_strips(needed, options.vae_tiling == "on").estimate(asked(options, device)))
+    show_memory(in_strips(needed, options.vae_tiling == "on").estimate(setup))
     console.say("Dry run: nothing was found that would fail. No picture has been made.")
 
 

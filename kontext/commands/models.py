@@ -12,6 +12,12 @@ from kontext.options.shared import WEIGHTS
 from kontext.options.train import Train
 from kontext.quant import FP8, Mode, supported
 
+RESTORED: dict[Mode, tuple[Mode, torch.dtype]] = {
+    "fp8_fast": ("fp8_scaled", FP8),
+    "int8_fast": ("int8", torch.int8),
+}
+"""Forms with products in 8 bits: what takes their place where a device has no products of such numbers."""
+
 
 def model_files(options: Generate | Train) -> ModelFiles:
     return ModelFiles(
@@ -25,7 +31,7 @@ def model_files(options: Generate | Train) -> ModelFiles:
 
 
 def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str, keep: bool) -> Runtime:
-    """dtype: the transformer's, by name; keep: as in Runtime."""
+    """dtype: the transformer's, by name; keep: as in Runtime. Says what on this device is not as asked."""
     precision = told_precision(dtype, device)
     return Runtime(
         device=device,
@@ -33,7 +39,7 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
         kept=precision.kept,
         vae_dtype=told_precision(options.vae_dtype, device, "--vae-dtype").computing,
         vae_tiling=options.vae_tiling,
-        quantization=quantization(options, device),
+        quantization=told_quantization(options, device),
         attention=options.attn_mode,
         split_attention=options.split_attn,
         compiled=options.compile,
@@ -46,21 +52,28 @@ def model_runtime(options: Generate | Train, device: torch.device, *, dtype: str
 
 def quantization(options: Generate | Train, device: torch.device) -> Mode | None:
     """How weights are kept: as asked, but that products in 8 bits need a device that has them."""
-    mode = next((name for form in WEIGHTS for name in form if getattr(options, name)), None)
-    plain: dict[str, tuple[Mode, torch.dtype]] = {
-        "fp8_fast": ("fp8_scaled", FP8),
-        "int8_fast": ("int8", torch.int8),
-    }
-    if mode in plain:
-        instead, dtype = plain[mode]
-        if not supported(device, dtype):
-            notice(
-                f"{flag_name(mode)}: {device} has no fast products of such numbers (fp8: RTX 40, H100 and later), or this "
-                f"PyTorch has none for it. The weights are kept as with {flag_name(instead)} and multiplied in the "
-                "precision of --dtype: more exact, not faster."
-            )
-            return instead
-    return mode
+    mode = _form(options)
+    if mode not in RESTORED:
+        return mode
+    instead, dtype = RESTORED[mode]
+    return mode if supported(device, dtype) else instead
+
+
+def told_quantization(options: Generate | Train, device: torch.device) -> Mode | None:
+    """The same, with a notice where it is not what was asked for."""
+    asked, found = _form(options), quantization(options, device)
+    if asked and found and found != asked:
+        notice(
+            f"{flag_name(asked)}: {device} has no fast products of such numbers (fp8: RTX 40, H100 and later), or this "
+            f"PyTorch has none for it. The weights are kept as with {flag_name(found)} and multiplied in the "
+            "precision of --dtype: more exact, not faster."
+        )
+    return found
+
+
+def _form(options: Generate | Train) -> Mode | None:
+    """The form of weights that the options name."""
+    return next((name for form in WEIGHTS for name in form if getattr(options, name)), None)
 
 
 def placement(options: Generate | Train, device: torch.device) -> Placement:

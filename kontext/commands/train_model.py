@@ -57,7 +57,7 @@ def outline(options: Train, transformer: Transformer, network: Network, team: Te
 def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
     """Remake, place, recompute."""
     blocks = sum(1 for _ in transformer.blocks())
-    policies = train_values.mix(options, runtime.device).of(blocks)
+    policies = train_values.mix(options).of(blocks)
     if not runtime.compiled:  # compilers plan themselves what to make again
         remake_blocks(transformer, policies)
     runtime.placement.apply(transformer, runtime.device)

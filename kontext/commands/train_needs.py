@@ -114,7 +114,7 @@ def _precision(options: Train, device: torch.device) -> Precision:
 
 def asked(options: Train, team: Team) -> Setup:
     """The setup that the options ask for."""
-    mix = values.mix(options, team.device)
+    mix = values.mix(options)
     return Setup(values.runtime(options, team).placement, mix.policy, mix.count)
 
 

@@ -73,6 +73,8 @@ def runtime(options: Train, team: Team) -> Runtime:
     """How the models are kept. Weights of the transformer that are trained stay on the device, in float32 if
     --full-bf16 does not say otherwise; to be split among processes they are loaded on the host.
     """
+    if options.gradient_checkpointing_cpu_offload and team.device.type == "cpu":
+        console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
     together = train_whole.is_split(options, team)
     found = model_runtime(options, team.device, dtype=precision(options), keep=True)
     if not train_whole.is_whole(options):
@@ -95,11 +97,9 @@ def timesteps(options: Train) -> Timesteps:
     )
 
 
-def mix(options: Train, device: torch.device) -> Mix:
+def mix(options: Train) -> Mix:
     """What the blocks keep for their backward; "auto" has been settled where there is anything to choose."""
     if options.gradient_checkpointing_cpu_offload:
-        if device.type == "cpu":
-            console.notice("--gradient-checkpointing-cpu-offload: on a CPU there is nothing to offload from.")
         return Mix("offloaded")
     if options.gradient_checkpointing:
         return Mix("whole")

@@ -203,9 +203,9 @@ def _tell_of_products(model: Transformer, runtime: Runtime, path: Path) -> None:
     if not (runtime.quantization or "").endswith("_fast"):
         return
     kinds = [type(module) for module in model.modules() if isinstance(module, QuantisedLinear)]
-    if slow := len(kinds) - kinds.count(ProductLinear):
+    if slow := kinds.count(QuantisedLinear):
         notice(
-            f"{path}: {slow} of {len(kinds)} weights are not multiplied in 8 bits, for their sizes are no multiples of 16, "
+            f"{path}: {slow} of {slow + kinds.count(ProductLinear)} weights are not multiplied in 8 bits, for their sizes are no multiples of 16, "
             "or the file has scales for parts of their rows."
         )
 

@@ -43,3 +43,12 @@ def test_what_would_fail(
     wrong = line[line.index(value) + 1] if value in line else value
     assert main([*line, option, wrong, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--latent-path", "--save-merged-model"])
+def test_what_makes_no_pictures_is_not_tried(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main([*line, option, str(tmp_path / "x.safetensors"), "--dry-run"]) == 2
+    assert f"with {option} there is nothing to try" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x.safetensors").exists()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kontext.commands.models import quantization
+from kontext.commands.models import quantization, told_quantization
 from kontext.errors import UserError
 from kontext.options.generate import Generate
 from kontext.options.resolve import resolve
@@ -44,6 +44,8 @@ def test_weights_have_one_form(model, given):
 @pytest.mark.parametrize(("fast", "plain"), [("fp8_fast", "fp8_scaled"), ("int8_fast", "int8")])
 def test_a_device_without_products_says_so_and_goes_on(monkeypatch, capsys, fast, plain):
     monkeypatch.setattr("kontext.commands.models.supported", lambda device, dtype: False)
-    assert quantization(Generate(**{fast: True}), CPU) == plain
+    options = Generate(**{fast: True})
+    assert quantization(options, CPU) == plain and not capsys.readouterr().err
+    assert told_quantization(options, CPU) == plain
     said = " ".join(capsys.readouterr().err.split())
     assert f"--{fast.replace('_', '-')}: cpu has no fast products" in said and plain.replace("_", "-") in said

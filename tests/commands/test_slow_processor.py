@@ -81,6 +81,31 @@ def test_pictures(generate: Any, tmp_path: Path) -> None:
     assert 1e-5 < apart(*latents) < 0.02
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--dry-run", "--vram-budget", "8"]], ids=str)
+def test_what_is_not_as_asked_is_said_once(generate: Any, tmp_path: Path, more: list[str]) -> None:
+    """By a dry run as by a real one."""
+    given = ("--prompt", "red", "--dtype", "bfloat16", "--vae-dtype", "float16", "--int8-fast")
+    code, told = generate(*given, *more, out=tmp_path)
+    assert code == 0, told
+    for start in (
+        NOTICE,
+        NOTICE.replace("--dtype bfloat16", "--vae-dtype float16"),
+        "--int8-fast: cpu has no",
+    ):
+        assert told.count(start) == 1, told
+
+
+def test_nor_does_training_repeat_itself(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = "--dtype bfloat16 --int8-fast --gradient-checkpointing --gradient-checkpointing-cpu-offload"
+    for more in ("--vram-budget 8 --dry-run", "--vram-budget 8 --max-train-steps 1"):
+        assert main(words(cached, tmp_path, f"{settings} {more}")) == 0
+        told = said(capsys)
+        for start in (NOTICE, "--int8-fast: cpu has no", "--gradient-checkpointing-cpu-offload: on a CPU"):
+            assert told.count(start) == 1, told
+
+
 def trained(cached: Cached, folder: Path, dtype: str, settings: str = "") -> dict[str, Tensor]:
     line = words(cached, folder, f"--max-train-steps 3 --dtype {dtype} {settings}")
     assert main(line) == 0

@@ -44,7 +44,7 @@ def estimates(path: Path) -> tuple[Estimate, str]:
         needs = train_needs.needs(
             options, REAL, rank_32, MEGAPIXEL, device=CUDA, pictures=PICTURES, models=MODELS
         )
-        asked = mix(options, CUDA)
+        asked = mix(options)
         return needs.estimate(Setup(placement(options, CUDA), asked.policy, asked.count)), text
     options = resolve(Generate, {"config_file": str(path), "prompt": "x"})
     assert isinstance(options, Generate)

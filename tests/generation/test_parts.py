@@ -110,6 +110,8 @@ def test_weights_that_are_not_multiplied_in_8_bits_are_told_of(tiny_files, tmp_p
     save_file(state, tmp_path / "blocks.safetensors")
     runtime = replace(RUNTIME, quantization="fp8_fast")
     open_transformer(ModelFiles(dit=tiny_files.dit), runtime, Loras(), ())
+    kept = replace(runtime, kept=torch.bfloat16)  # which modulation is in then
+    open_transformer(ModelFiles(dit=tiny_files.dit), kept, Loras(), ())
     assert "multiplied" not in capsys.readouterr().err
     open_transformer(ModelFiles(dit=tmp_path / "blocks.safetensors"), runtime, Loras(), ())
     assert "1 of 20 weights are not multiplied in 8 bits" in " ".join(capsys.readouterr().err.split())
