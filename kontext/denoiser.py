@@ -57,9 +57,9 @@ class Denoiser:
         self.vector, self.guidance = conditioning.vector, conditioning.guidance
         self.txt = transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
         self.references = [self.embed(reference) for reference in conditioning.references]
-        self.reference_ids = [
-            ids.to(self.device) for ids in reference_ids(conditioning.references, conditioning.placement)
-        ]
+        self.reference_ids = reference_ids(
+            conditioning.references, conditioning.placement, device=self.device
+        )
         self.positions: dict[tuple[int, int], Tensor] = {}
         self.prepared: dict[float, Modulations] = {}
 
@@ -81,7 +81,7 @@ class Denoiser:
     def positions_for(self, height: int, width: int) -> Tensor:
         """Rotations of text, target of latent size height x width, and references."""
         if (height, width) not in self.positions:
-            target_ids = position_ids(height // PATCH, width // PATCH).to(self.device)
+            target_ids = position_ids(height // PATCH, width // PATCH, device=self.device)
             ids = torch.cat((target_ids, *self.reference_ids))[None]
             txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=self.device)
             self.positions[height, width] = self.transformer.positions(txt_ids, ids)
@@ -111,15 +111,17 @@ def condition(transformer: Transformer, vector: Tensor, guidance: float, t: Tens
     return transformer.condition(t.to(weight.device, non_blocking=True), vector, strength)
 
 
-def reference_ids(references: tuple[Tensor, ...], placement: str = "offset") -> list[Tensor]:
-    """Positions of the tokens of each reference latent.
+def reference_ids(
+    references: tuple[Tensor, ...], placement: str = "offset", *, device: torch.device | None = None
+) -> list[Tensor]:
+    """Positions of the tokens of each reference latent, on `device`.
 
     "offset": all have index 1 and lie beside each other. "index": all lie at the origin, with the indices 1, 2, ...
     """
     sizes = [(r.shape[-2] // PATCH, r.shape[-1] // PATCH) for r in references]
     if placement == "index":
-        return [position_ids(*size, index=number) for number, size in enumerate(sizes, 1)]
+        return [position_ids(*size, index=number, device=device) for number, size in enumerate(sizes, 1)]
     return [
-        position_ids(*size, index=1, offset=offset)
+        position_ids(*size, index=1, offset=offset, device=device)
         for size, offset in zip(sizes, reference_offsets(sizes), strict=True)
     ]

@@ -90,3 +90,10 @@ def test_index_placement_puts_each_on_a_layer_of_its_own(model):
     x, t = torch.randn(2, 16, 6, 4), torch.tensor([0.3, 0.8])
     beside, layered = (Denoiser(model, each)(x, t) for each in (given, layers))
     assert (beside - layered).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("placement", ["offset", "index"])
+def test_positions_are_made_where_they_are_wanted(placement):
+    references = tuple(torch.zeros(1, 1, 4, 4) for _ in range(2))
+    found = reference_ids(references, placement, device=torch.device("meta"))
+    assert {ids.device.type for ids in found} == {"meta"}

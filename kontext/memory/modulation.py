@@ -26,13 +26,15 @@ class HostModulation(nn.Module):
     def __init__(self, base: Modulation) -> None:
         super().__init__()
         self.lin = base.lin
-        for parameter in self.lin.parameters():
-            host = (
-                pinned(parameter.numel() * parameter.element_size())
-                .view(parameter.dtype)
-                .view(parameter.shape)
-            )
-            parameter.data = host.copy_(parameter.detach())
+        self.memory = [self._moved(parameter) for parameter in self.lin.parameters()]
+
+    @staticmethod
+    def _moved(parameter: nn.Parameter) -> Tensor:
+        """Puts the parameter into host memory, which is to be held: see `pinned`."""
+        memory = pinned(parameter.numel() * parameter.element_size())
+        host = memory.view(parameter.dtype).view(parameter.shape)
+        parameter.data = host.copy_(parameter.detach())
+        return memory
 
     def forward(self, vecs: Sequence[Tensor]) -> list[Tensor]:
         """Each (B, D) to (B, 1, parts*D)."""

@@ -1,19 +1,42 @@
 """Page-locked host memory, from which a GPU copies while it computes."""
 
+import mmap
 import weakref
 
 import torch
 from torch import Tensor
 
+from kontext.errors import UserError
+
+GIGABYTE = 1e9
+
 
 def pinned(nbytes: int) -> Tensor:
-    """Host memory of exactly `nbytes`, page-locked where there is CUDA.
+    """Host memory of exactly `nbytes`, page-locked where there is CUDA, for as long as this tensor is referred to.
 
-    Registered by hand: torch's own pinned allocator rounds up to powers of two, nearly doubling large slabs.
+    Views of it keep the memory, but not the lock. Registered by hand: torch's own pinned allocator rounds up to powers
+    of two, nearly doubling large slabs. Pages are locked whole, and none twice, so it has its own.
+
+    Raises UserError when the system locks no more memory.
     """
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    if torch.cuda.is_available() and nbytes:
-        cudart, address = torch.cuda.cudart(), memory.data_ptr()
+    if not (torch.cuda.is_available() and nbytes):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = torch.empty(whole + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -memory.data_ptr() % mmap.PAGESIZE
+    locked = memory[start : start + nbytes]
+    _lock(locked, whole)
+    return locked
+
+
+def _lock(memory: Tensor, nbytes: int) -> None:
+    """Lock the pages from where `memory` begins, until it is let go."""
+    cudart, address = torch.cuda.cudart(), memory.data_ptr()
+    try:
         torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
-        weakref.finalize(memory, cudart.cudaHostUnregister, address)
-    return memory
+    except RuntimeError as error:
+        raise UserError(
+            f"The system locks no {nbytes / GIGABYTE:.2f} GB more of its memory for copies to the GPU ({error}): close "
+            "other programs, or keep more weights on the GPU (--modulation resident, fewer --blocks-to-swap)."
+        ) from error
+    weakref.finalize(memory, cudart.cudaHostUnregister, address)

@@ -76,8 +76,11 @@ class AttnBlock(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head: q (B, C, H, W) over all positions of k and v, whose heights may be others."""
-    rows = [rearrange(x, "B C H W -> B 1 (H W) C") for x in (q, k, v)]
+    """Attention of one head: q (B, C, H, W) over all positions of k and v, whose heights may be others.
+
+    A GPU's kernels take channels that lie together; for others it makes all scores, which do not fit for large pictures.
+    """
+    rows = [rearrange(x, "B C H W -> B 1 (H W) C").contiguous() for x in (q, k, v)]
     out = F.scaled_dot_product_attention(*rows)
     return rearrange(out, "B 1 (H W) C -> B C H W", H=q.shape[2])
 

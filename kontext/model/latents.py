@@ -23,15 +23,23 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return rearrange(tokens, "B (h w) (C p q) -> B C (h p) (w q)", h=rows, w=columns, p=PATCH, q=PATCH)
 
 
-def position_ids(height: int, width: int, *, index: int = 0, offset: tuple[int, int] = (0, 0)) -> Tensor:
+def position_ids(
+    height: int,
+    width: int,
+    *,
+    index: int = 0,
+    offset: tuple[int, int] = (0, 0),
+    device: torch.device | None = None,
+) -> Tensor:
     """Positions (height * width, 3) of a grid of tokens: (index, row, column), float32.
 
-    `index` is 0 for the target and 1 for a reference; `offset` (rows, columns) moves the grid.
+    `index` is 0 for the target and 1 for a reference; `offset` (rows, columns) moves the grid. Made on `device`: a copy
+    to a GPU would wait for all that it has to do.
     """
-    rows = torch.arange(height, dtype=torch.float32) + offset[0]
-    columns = torch.arange(width, dtype=torch.float32) + offset[1]
-    axis = torch.full((), float(index))
-    return torch.stack(torch.meshgrid(axis[None], rows, columns, indexing="ij"), -1).reshape(-1, 3)
+    rows = torch.arange(height, dtype=torch.float32, device=device) + offset[0]
+    columns = torch.arange(width, dtype=torch.float32, device=device) + offset[1]
+    axis = torch.full((1,), float(index), device=device)
+    return torch.stack(torch.meshgrid(axis, rows, columns, indexing="ij"), -1).reshape(-1, 3)
 
 
 def draw_noise(seed: int, height: int, width: int, channels: int = 16, *, packed: bool = False) -> Tensor:

@@ -138,7 +138,8 @@ class T5Encoder(nn.Module):
         """What is added to the scores (1, H, T, T)."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         buckets = distance_buckets(length, self.config.buckets, self.config.furthest)
-        return rearrange(table(buckets.to(table.weight.device)), "T U H -> 1 H T U")
+        biases = rearrange(table(buckets.to(table.weight.device)), "T U H -> 1 H T U")
+        return biases.contiguous()  # else a GPU's attention makes all scores at once
 
 
 def distance_buckets(length: int, buckets: int, furthest: int) -> Tensor:

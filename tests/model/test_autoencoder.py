@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kontext.checkpoints import load_autoencoder
-from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
+from kontext.model import autoencoder
+from kontext.model.autoencoder import Autoencoder, AutoencoderConfig, attend
 from tests.compare import relative_error
 
 
@@ -62,3 +63,19 @@ def test_levels_of_many_channels_agree_with_diffusers(tmp_path, height, width):
     found = ours.encode(images) / ours.config.scale + ours.config.shift
     assert relative_error(found, exact) < 1e-5
     assert relative_error(ours.decode(ours.encode(images)), theirs.decode(found.double()).sample) < 1e-5
+
+
+def test_attention_is_given_channels_that_lie_together(monkeypatch):
+    """As the fused kernels of a GPU ask for: without one of them all scores of a picture would be in memory."""
+    plain, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*rows):
+        given.extend(rows)
+        return plain(*rows)
+
+    monkeypatch.setattr(autoencoder.F, "scaled_dot_product_attention", watched)
+    maps = [torch.randn(1, 8, height, 5) for height in (2, 3, 3)]  # as a GPU's group norm lays them out
+    out = attend(*maps)
+    assert [rows.stride(-1) for rows in given] == [1, 1, 1]
+    together = attend(*(x.contiguous(memory_format=torch.channels_last) for x in maps))
+    torch.testing.assert_close(out, together)

@@ -49,3 +49,7 @@ def test_parameters_of_the_published_model():
     with torch.device("meta"):
         model = T5Encoder(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_762_310_656
+
+
+def test_the_bias_lies_as_a_gpus_attention_asks():
+    assert T5Encoder(CONFIG).bias(24).is_contiguous()
