@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from types import FrameType
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ Place = tuple[int, int]
 
 WINDOW = 8
 """Examples that a worker hands over together: 30 MB of FLUX's. Handing over costs a millisecond, however few they are."""
+
+SECONDS_AFTER_SIGTERM = 300
 
 
 class Batches(Protocol):
@@ -134,13 +137,21 @@ def feed(
             sampler=[part[start : start + window] for start in range(0, len(part), window)],
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_heed_no_interrupts,
+            worker_init_fn=_outlive_interrupts,
         )
         for parcel in loader:
             yield from parcel.open()
 
 
-def _heed_no_interrupts(worker: int) -> None:
-    """Ctrl-C reaches workers too, but it is for the main process to decide when to stop."""
+def _outlive_interrupts(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach workers too when they go to all processes of a run, as torchrun, systemd and Slurm send
+    them, but it is for the main process to stop, after a step that may need more examples.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    """At the next SIGTERM, and in any case after some time: who sent this one may be waiting for the end."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(SECONDS_AFTER_SIGTERM)

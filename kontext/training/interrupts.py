@@ -2,17 +2,23 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 2.0
+"""Seconds in which another signal is the same one: a terminal, `timeout` and torchrun send it to all processes of a group,
+and a launcher passes on to its processes what they have had already.
+"""
 
 
 class Interrupts:
-    """While entered, the first signal only sets `requested`; a second one acts as it would have without us."""
+    """While entered, the first signal only sets `requested`; a second one, later, acts as it would have without us."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -26,8 +32,11 @@ class Interrupts:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
+        if not self.requested:
+            self.requested, self._first = True, time.monotonic()
+        elif time.monotonic() - self._first >= ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -62,6 +62,28 @@ def test_an_interrupt_saves_a_state_and_exits_130(
     assert "Go on with --resume auto" in capsys.readouterr().err
 
 
+def test_a_signal_to_all_processes_of_a_run_saves_a_state(cached: Cached, tmp_path: Path) -> None:
+    """The loading ones live on while the step ends; the main one hears it twice, as from `timeout` and from torchrun."""
+    settings = "--max-train-steps 100000 --max-data-loader-n-workers 1 --save-state"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kontext", *words(cached, tmp_path, settings)],
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    history, deadline = tmp_path / "edit.history.jsonl", time.monotonic() + 90
+    while not (history.exists() and '"loss"' in history.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    (state,) = tmp_path.glob("edit-step*-state/state.safetensors")
+    assert f"Saved {state.parent}. Go on with --resume auto." in told
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(cached: Cached, tmp_path: Path) -> None:
     settings = "--max-train-steps 40 --save-every-n-steps 4 --save-state --save-last-n-steps 4"
     killed, whole = tmp_path / "killed", tmp_path / "whole"
