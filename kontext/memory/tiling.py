@@ -27,6 +27,7 @@ from kontext.model.autoencoder import (
     ResnetBlock,
     Upsample,
     attend,
+    in_rows,
 )
 from kontext.model.convolution import Conv3x3, empty_like, with_neighbours
 from kontext.model.group_norm import by_channel
@@ -121,7 +122,9 @@ def resnet(block: ResnetBlock, x: Tensor) -> Tensor:
 def attention(block: AttnBlock, x: Tensor) -> Tensor:
     """An AttnBlock, in x's place: queries by strips, keys and values of the whole picture."""
     normed = norm(block.norm, x)
-    k, v = (torch.cat([f(normed(x[:, :, a:b])) for a, b in strips(x)], 2) for f in (block.k, block.v))
+    k, v = (
+        torch.cat([in_rows(f(normed(x[:, :, a:b]))) for a, b in strips(x)], 2) for f in (block.k, block.v)
+    )
     queries = [block.q(normed(x[:, :, top:bottom])) for top, bottom in strips(x)]
     for (top, bottom), q in zip(strips(x), queries, strict=True):
         x[:, :, top:bottom] += block.proj_out(attend(q, k, v))

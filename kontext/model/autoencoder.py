@@ -72,16 +72,21 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        return x + self.proj_out(attend(self.q(h), self.k(h), self.v(h)))
+        return x + self.proj_out(attend(self.q(h), in_rows(self.k(h)), in_rows(self.v(h))))
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) as rows (B, 1, H W, C).
+
+    A GPU's attention takes rows whose channels lie together; of others it makes all scores, which no memory holds for
+    a large picture.
+    """
+    return rearrange(x, "B C H W -> B 1 (H W) C").contiguous()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head: q (B, C, H, W) over all positions of k and v, whose heights may be others.
-
-    A GPU's kernels take channels that lie together; for others it makes all scores, which do not fit for large pictures.
-    """
-    rows = [rearrange(x, "B C H W -> B 1 (H W) C").contiguous() for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*rows)
+    """Attention of one head: q (B, C, H, W) over all positions of the rows k and v."""
+    out = F.scaled_dot_product_attention(in_rows(q), k, v)
     return rearrange(out, "B 1 (H W) C -> B C H W", H=q.shape[2])
 
 

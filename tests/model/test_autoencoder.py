@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from kontext.checkpoints import load_autoencoder
 from kontext.model import autoencoder
-from kontext.model.autoencoder import Autoencoder, AutoencoderConfig, attend
+from kontext.model.autoencoder import Autoencoder, AutoencoderConfig, attend, in_rows
 from tests.compare import relative_error
 
 
@@ -74,8 +74,9 @@ def test_attention_is_given_channels_that_lie_together(monkeypatch):
         return plain(*rows)
 
     monkeypatch.setattr(autoencoder.F, "scaled_dot_product_attention", watched)
-    maps = [torch.randn(1, 8, height, 5) for height in (2, 3, 3)]  # as a GPU's group norm lays them out
-    out = attend(*maps)
+    q, k, v = (torch.randn(1, 8, height, 5) for height in (2, 3, 3))  # as a GPU's group norm lays them out
+    out = attend(q, in_rows(k), in_rows(v))
     assert [rows.stride(-1) for rows in given] == [1, 1, 1]
-    together = attend(*(x.contiguous(memory_format=torch.channels_last) for x in maps))
-    torch.testing.assert_close(out, together)
+    scores = torch.einsum("bchw,bcij->bhwij", q, k).flatten(3) / 8**0.5
+    expected = torch.einsum("bhwn,bcn->bchw", scores.softmax(-1), v.flatten(2))
+    torch.testing.assert_close(out, expected)
