@@ -15,7 +15,6 @@ from kontext.commands.train_needs import Outline
 from kontext.data.batches import Batches, Group
 from kontext.data.cache import read_header
 from kontext.data.config import load_datasets
-from kontext.data.plan import identity
 from kontext.errors import UserError
 from kontext.memory.estimate import TRAINING_STEP
 from kontext.memory.needs import in_strips
@@ -121,8 +120,8 @@ def _show(options: Train, run: Run, outline: Outline, saves: Forecast) -> None:
 
 def _items(options: Train, batches: Batches) -> Iterable[tuple[object, ...]]:
     for dataset in load_datasets(options.dataset_config):
-        own = identity(dataset)
-        entries = [e for group in batches.groups for e in group.entries if e.dataset == own]
+        all_entries = [entry for group in batches.groups for entry in group.entries]
+        entries = [entry for entry in all_entries if entry.latents.parent == dataset.cache_folder]
         referenced = sum(bool(entry.references) for entry in entries)
         if entries:
             yield (

@@ -139,8 +139,11 @@ def load_datasets(path: Path) -> tuple[Dataset, ...]:
     return read_dataset_file(path).training
 
 
-def read_dataset_file(path: Path) -> DatasetFile:
-    """Read a dataset file. Raises UserError that names the file, the block and the key."""
+def read_dataset_file(path: Path, *, tell: bool = False) -> DatasetFile:
+    """Read a dataset file. tell: say what happens to pictures where a user may not expect it.
+
+    Raises UserError that names the file, the block and the key.
+    """
     tables = _parse(path)
     _check_names(tables, ("general", "datasets", "validation"), f"{path}:", "table")
     general, blocks = tables.get("general", {}), tables.get("datasets", [])
@@ -157,6 +160,8 @@ def read_dataset_file(path: Path) -> DatasetFile:
     placed = _placed(path, "datasets", blocks), _placed(path, "validation", validation)
     found = [[(place, _block(block, general, f"{place}:")) for place, block in part] for part in placed]
     _check_cache_folders(path, found[0] + found[1])
+    for place, dataset in (found[0] + found[1]) * tell:
+        _tell_rounding(dataset, f"{place}:")
     return DatasetFile(*(tuple(dataset for _, dataset in part) for part in found))
 
 
@@ -199,7 +204,6 @@ def _block(block: Any, general: Mapping[str, Any], place: str) -> Dataset:
     except ValidationError as error:
         raise UserError(f"{place} {_first_problem(error)}.") from error
     _check_sources(dataset, place)
-    _tell_rounding(dataset, merged, place)
     return dataset
 
 
@@ -281,8 +285,7 @@ def _absent(path: Path, kind: str) -> str:
     return f"{path} does not exist. Paths are relative to the working directory, {Path.cwd()}."
 
 
-def _tell_rounding(dataset: Dataset, given: Mapping[str, Any], place: str) -> None:
-    """Say what happens to the pictures where a user may not expect it."""
+def _tell_rounding(dataset: Dataset, place: str) -> None:
     if dataset.enable_bucket:
         return
     size = whole_tokens(dataset.resolution)
@@ -291,7 +294,7 @@ def _tell_rounding(dataset: Dataset, given: Mapping[str, Any], place: str) -> No
         console.notice(
             f"{place} resolution {width}x{height} is rounded down to {size[0]}x{size[1]} (steps of 16)."
         )
-    if "enable_bucket" not in given:
+    if "enable_bucket" not in dataset.model_fields_set:
         console.notice(
             f"{place} enable_bucket is not given, so every target is cropped to {size[0]}x{size[1]}. "
             "Set it to true to keep aspect ratios."

@@ -69,7 +69,9 @@ def plan_blocks(path: Path, skips: Skips, part: Part | None = None) -> tuple[Blo
     Only the headers of the pictures are read. Items whose pictures cannot be opened go to `skips`. Raises UserError
     when a block has nothing left.
     """
-    file = read_dataset_file(path)
+    file = read_dataset_file(
+        path, tell=part != "validation"
+    )  # who asks for it has asked for the training part
     parts = {"training": file.training, "validation": file.validation}
     datasets = parts[part] if part else file.training + file.validation
     return tuple(_plan_block(dataset, skips) for dataset in datasets)

@@ -50,6 +50,32 @@ def test_what_the_run_will_take(cached: Cached, tmp_path: Path, capsys: pytest.C
     assert total < size(most.removesuffix(" at a time")) < 1.2 * total
 
 
+def test_blocks_of_the_same_pictures_are_told_apart(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with references and one without, in one bucket each, which is told once."""
+    plain, edits = tmp_path / "plain", tmp_path / "edits"
+    images = cached.config.parent / "after"
+    config = tmp_path / "dataset.toml"
+    block = f"[[datasets]]\nimage_directory = '{images}'\ncache_directory = "
+    config.write_text(
+        f"[general]\nresolution = 64\n{block}'{plain}'\n"
+        f"{block}'{edits}'\ncontrol_directory = '{cached.reference.parent}'\n"
+    )
+    common = ["--dataset-config", str(config), *cached.models[2:6]]
+    assert main(["cache-latents", *common, *cached.models[8:10], "--num-workers", "0"]) == 0
+    assert main(["cache-text", *common, *cached.models[10:]]) == 0
+    capsys.readouterr()
+    assert dry(cached, tmp_path / "out", f"--dataset-config {config}") == 0
+    shown_all = capsys.readouterr()
+    rows = [line for line in shown_all.out.splitlines() if str(images)[-20:] in line]
+    assert [row.replace("│", " ").split()[-4:] for row in rows] == [
+        ["5", "0", "5", "1"],
+        ["5", "5", "0", "1"],
+    ]
+    assert shown_all.err.count("enable_bucket is not given") == 2, "once for each block"
+
+
 def test_memory_by_part(cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the model in the file, in float32, with adamw's two numbers for each that is trained."""
     assert dry(cached, tmp_path, "--network-dim 512") == 0

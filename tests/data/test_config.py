@@ -66,7 +66,8 @@ def test_without_resolution_a_megapixel_in_buckets() -> None:
 
 
 def test_one_bucket_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    (dataset,) = load_datasets(write('[[datasets]]\nimage_directory = "img"\nresolution = [100, 70]'))
+    path = write('[[datasets]]\nimage_directory = "img"\nresolution = [100, 70]')
+    (dataset,) = read_dataset_file(path, tell=True).training
     assert not dataset.enable_bucket
     shown = capfd.readouterr().err
     assert "100x70 is rounded down to 96x64" in shown and "cropped to 96x64" in shown
