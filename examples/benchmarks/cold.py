@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -22,7 +23,7 @@ import torch
 
 from kontext.checkpoints import load_transformer
 from kontext.files import save_tensors
-from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.model.transformer import FLUX, Transformer
 from kontext.quant import Mode
 
 BLOCK = 8 * 2**20
@@ -31,9 +32,8 @@ BLOCK = 8 * 2**20
 def write_base(file: Path, gigabytes: float) -> None:
     """A transformer of FLUX's layout, width 1024, with as many blocks as make up the size."""
     blocks = max(1, round(gigabytes * 1e9 / 4 / (33 * 1024**2)))
-    config = TransformerConfig(
-        64, 64, 4096, 768, 1024, 8, 4096, blocks // 2 + 1, blocks // 2 + 1, (16, 56, 56), 1e4, True
-    )
+    half = blocks // 2 + 1
+    config = replace(FLUX, width=1024, heads=8, mlp_width=4096, double_blocks=half, single_blocks=half)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
     noise = 0.02 * torch.randn(2**24)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from kontext.lora.merge import plan_merge
 from kontext.lora.report import read_adapters
 from kontext.lora.rewrite import plan_checkpoint, write_checkpoint
 from kontext.lora.stream import Spec, Writer
-from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.model.transformer import FLUX, Transformer, TransformerConfig
 
 STATUS = Path("/proc/self/status")
 
@@ -51,27 +51,13 @@ class Used:
 def config_of(gigabytes: float) -> TransformerConfig:
     """FLUX's sizes, narrower below a gigabyte, with as many blocks as make up the size in bfloat16."""
     width = 3072 if gigabytes >= 1 else 1024 if gigabytes >= 0.25 else 256
-    double, single = 1, 2
-    while (config := _config(width, double, single)) and bytes_of(config) < gigabytes * 1e9:
-        double, single = (double + 1, single) if single > 2 * double else (double, single + 1)
-    return config
-
-
-def _config(width: int, double: int, single: int) -> TransformerConfig:
-    return TransformerConfig(
-        in_channels=64,
-        out_channels=64,
-        context_width=4096,
-        vector_width=768,
-        width=width,
-        heads=width // 128,
-        mlp_width=4 * width,
-        double_blocks=double,
-        single_blocks=single,
-        axes=(16, 56, 56),
-        theta=10_000.0,
-        guidance=True,
+    config = replace(
+        FLUX, width=width, heads=width // 128, mlp_width=4 * width, double_blocks=1, single_blocks=2
     )
+    while bytes_of(config) < gigabytes * 1e9:
+        more = "double_blocks" if config.single_blocks > 2 * config.double_blocks else "single_blocks"
+        config = replace(config, **{more: getattr(config, more) + 1})
+    return config
 
 
 def skeleton(config: TransformerConfig) -> Transformer:

@@ -19,23 +19,9 @@ from kontext.memory.policies import Policy
 from kontext.memory.recompute import recompute_blocks
 from kontext.memory.remaking import remake_blocks
 from kontext.model.latents import PATCH, pack, position_ids
-from kontext.model.transformer import Modulations, Transformer, TransformerConfig
+from kontext.model.transformer import FLUX, Modulations, Transformer, TransformerConfig
 from kontext.quant import Mode, keep_in, quantise, quantised_linear
 
-FLUX = TransformerConfig(
-    in_channels=64,
-    out_channels=64,
-    context_width=4096,
-    vector_width=768,
-    width=3072,
-    heads=24,
-    mlp_width=12288,
-    double_blocks=19,
-    single_blocks=38,
-    axes=(16, 56, 56),
-    theta=10_000.0,
-    guidance=True,
-)
 TINY = replace(
     FLUX,
     context_width=32,

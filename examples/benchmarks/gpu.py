@@ -27,7 +27,9 @@ import gpu_speed
 import torch
 from bench import Bench, Line, table
 from card import Sizes, clear, measure_rates
-from giants import FLUX, TINY
+from giants import TINY
+
+from kontext.model.transformer import FLUX
 
 Row = Callable[[Bench], Iterator[Line]]
 

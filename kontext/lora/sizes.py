@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -14,9 +15,7 @@ from kontext.lora.deltas import Decomposed, Delta, Hadamard
 from kontext.lora.files import AdapterFile
 from kontext.lora.fuse import fuse
 from kontext.lora.keys import block_of, split_key
-from kontext.model.transformer import TransformerConfig
-
-_PUBLISHED = {"width": 3072, "double": 19, "single": 38}
+from kontext.model.transformer import FLUX, TransformerConfig
 
 Shape = tuple[int, ...]
 
@@ -39,22 +38,17 @@ def config_for(paths: Sequence[Path]) -> TransformerConfig:
             if block and shape:
                 widths.append(min(shape))
                 blocks[block[0]] = max(blocks[block[0]], block[1] + 1)
-    width = min(widths, default=_PUBLISHED["width"])
-    if width == _PUBLISHED["width"]:
-        blocks = {kind: max(count, _PUBLISHED[kind]) for kind, count in blocks.items()}
-    return TransformerConfig(
-        in_channels=64,
-        out_channels=64,
-        context_width=4096,
-        vector_width=768,
+    width = min(widths, default=FLUX.width)
+    if width == FLUX.width:
+        published = {"double": FLUX.double_blocks, "single": FLUX.single_blocks}
+        blocks = {kind: max(count, published[kind]) for kind, count in blocks.items()}
+    return replace(
+        FLUX,
         width=width,
         heads=max(1, width // 128),
         mlp_width=4 * width,
         double_blocks=blocks["double"],
         single_blocks=blocks["single"],
-        axes=(16, 56, 56),
-        theta=10_000.0,
-        guidance=True,
     )
 
 

@@ -22,7 +22,7 @@ TIME_FACTOR = 1000.0
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a FLUX transformer. FLUX.1 Kontext [dev] has width 3072, 24 heads, 19 + 38 blocks."""
+    """Sizes of a FLUX transformer."""
 
     in_channels: int
     out_channels: int
@@ -36,6 +36,23 @@ class TransformerConfig:
     axes: tuple[int, int, int]
     theta: float
     guidance: bool
+
+
+FLUX = TransformerConfig(
+    in_channels=64,
+    out_channels=64,
+    context_width=4096,
+    vector_width=768,
+    width=3072,
+    heads=24,
+    mlp_width=12288,
+    double_blocks=19,
+    single_blocks=38,
+    axes=(16, 56, 56),
+    theta=10_000.0,
+    guidance=True,
+)
+"""FLUX.1 Kontext [dev], of 11.9 billion parameters."""
 
 
 def sinusoid(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:

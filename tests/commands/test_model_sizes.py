@@ -8,9 +8,9 @@ from kontext.checkpoints import load_autoencoder, load_clip, load_t5, load_trans
 from kontext.commands.model_sizes import picture_models, text_of, transformer_weights, vae_of
 from kontext.device import Precision
 from kontext.memory.placement import Placement
+from kontext.model.transformer import FLUX
 from kontext.options.generate import Generate
 from tests.commands.published import MODELS
-from tests.memory.test_placement import REAL
 
 
 def nbytes(*models: nn.Module) -> int:
@@ -55,8 +55,8 @@ def test_the_transformer(tiny_files, precision, mode):
 
 def test_flux_takes_little_over_two_bytes_a_weight():
     """23.8 GB in bfloat16, and 0.2 more where what belongs to no block is float32; 47.6 in float32."""
-    kept = transformer_weights(REAL, Precision(torch.float32, torch.bfloat16), None)
-    plain, double = transformer_weights(REAL, BFLOAT16, None), transformer_weights(REAL, PRECISIONS[0], None)
+    kept = transformer_weights(FLUX, Precision(torch.float32, torch.bfloat16), None)
+    plain, double = transformer_weights(FLUX, BFLOAT16, None), transformer_weights(FLUX, PRECISIONS[0], None)
     found, least, most = (each.placed(Placement()).device for each in (kept, plain, double))
     assert least < found < least * 1.01 and most == 2 * least
 
@@ -65,9 +65,9 @@ def test_a_weight_in_few_bits_is_restored_once_or_in_strips():
     """The largest is linear1 of the single blocks, of 7 times 3072 x 3072 numbers; a strip has 2 million."""
     computing = Precision(torch.float32, torch.bfloat16)
     for mode in (None, "fp8", "fp8_scaled", "int8", "nf4"):
-        assert transformer_weights(REAL, computing, mode).scratch == 4 * 7 * 3072**2
-        assert transformer_weights(REAL, computing, mode, strips=True).scratch == 4 * 2**21
-    assert transformer_weights(REAL, PRECISIONS[0], None, strips=True).scratch == 0
+        assert transformer_weights(FLUX, computing, mode).scratch == 4 * 7 * 3072**2
+        assert transformer_weights(FLUX, computing, mode, strips=True).scratch == 4 * 2**21
+    assert transformer_weights(FLUX, PRECISIONS[0], None, strips=True).scratch == 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)

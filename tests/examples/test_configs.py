@@ -12,12 +12,12 @@ from kontext.commands.train_values import mix
 from kontext.memory.choice import Setup
 from kontext.memory.estimate import Estimate, Trained
 from kontext.memory.needs import Pictures
+from kontext.model.transformer import FLUX
 from kontext.options.generate import Generate
 from kontext.options.resolve import resolve
 from kontext.options.train import Train
 from tests.commands.published import MODELS
 from tests.memory.test_estimate import MEGAPIXEL
-from tests.memory.test_placement import REAL
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 CARDS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "h100": 80}
@@ -42,13 +42,13 @@ def estimates(path: Path) -> tuple[Estimate, str]:
         )
         rank_32 = Trained(parameters=112_066_560, optimizer=2 * 112_066_560, ranks=228 * 32)
         needs = train_needs.needs(
-            options, REAL, rank_32, MEGAPIXEL, device=CUDA, pictures=PICTURES, models=MODELS
+            options, FLUX, rank_32, MEGAPIXEL, device=CUDA, pictures=PICTURES, models=MODELS
         )
         asked = mix(options)
         return needs.estimate(Setup(placement(options, CUDA), asked.policy, asked.count)), text
     options = resolve(Generate, {"config_file": str(path), "prompt": "x"})
     assert isinstance(options, Generate)
-    needed = generate_plan.needs(options, REAL, MODELS, PICTURES, device=CUDA)
+    needed = generate_plan.needs(options, FLUX, MODELS, PICTURES, device=CUDA)
     return needed.estimate(generate_plan.asked(options, CUDA)), text
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.model.transformer import FLUX, Transformer, TransformerConfig
 from tests import tiny
 
 CONFIG = TransformerConfig(
@@ -20,27 +20,12 @@ CONFIG = TransformerConfig(
     guidance=True,
 )
 
-KONTEXT = TransformerConfig(
-    in_channels=64,
-    out_channels=64,
-    context_width=4096,
-    vector_width=768,
-    width=3072,
-    heads=24,
-    mlp_width=12288,
-    double_blocks=19,
-    single_blocks=38,
-    axes=(16, 56, 56),
-    theta=10000.0,
-    guidance=True,
-)
-
 
 def make_transformer(config: TransformerConfig = CONFIG, seed: int = 0) -> Transformer:
     return tiny.randomise(Transformer(config), seed)
 
 
-def meta_transformer(config: TransformerConfig = KONTEXT) -> Transformer:
+def meta_transformer(config: TransformerConfig = FLUX) -> Transformer:
     with torch.device("meta"):
         return Transformer(config)
 

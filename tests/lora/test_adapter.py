@@ -6,7 +6,8 @@ from torch import nn
 
 from kontext.errors import UserError
 from kontext.lora.adapter import LoraLinear, attach, targets
-from tests.lora.models import KONTEXT, make_transformer, meta_transformer, relative_error
+from kontext.model.transformer import FLUX
+from tests.lora.models import make_transformer, meta_transformer, relative_error
 
 
 def trained(rank: int = 4, alpha: float = 2.0, **options: float) -> LoraLinear:
@@ -84,7 +85,7 @@ def test_the_real_model_has_228_targets():
         "single_blocks.37.linear1",
         "single_blocks.37.linear2",
     ]
-    assert KONTEXT.double_blocks * 8 + KONTEXT.single_blocks * 2 == 228
+    assert FLUX.double_blocks * 8 + FLUX.single_blocks * 2 == 228
 
 
 def test_exclude_patterns_add_to_the_default_exclusion():

@@ -10,8 +10,9 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from safetensors.torch import load_file
 
 from kontext.lora.files import read_adapter, save_lora
+from kontext.model.transformer import FLUX
 from tests.lora.effective import adapted_bfl, our_model
-from tests.lora.models import KONTEXT, relative_error
+from tests.lora.models import relative_error
 from tests.lora.reference import (
     BFL_MODULES,
     assert_same_change,
@@ -92,7 +93,7 @@ def test_fal_at_full_size_is_read_alike_by_diffusers(tmp_path: Path):
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 1, generator=generator)
     path = save(tmp_path / "a.safetensors", tensors)
     theirs = FluxKontextPipeline.lora_state_dict(path)
-    adapter = read_adapter(path, KONTEXT)
+    adapter = read_adapter(path, FLUX)
     assert adapter.family == "fal" and len(adapter.modules) == len(shapes)
     names = full_size_names() | {"final_layer.linear": ["proj_out"]}
     for i in range(19):

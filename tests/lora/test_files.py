@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kontext.errors import UserError
 from kontext.lora.adapter import LoraLinear, attach
 from kontext.lora.files import load_weights, read_adapter, save_lora
-from tests.lora.models import CONFIG, KONTEXT, make_transformer, meta_transformer, relative_error
+from kontext.model.transformer import FLUX
+from tests.lora.models import CONFIG, make_transformer, meta_transformer, relative_error
 from tests.lora.reference import (
     DIFFUSERS_MODULES,
     assert_same_change,
@@ -90,7 +91,7 @@ def test_every_module_at_full_size_is_read_alike_by_diffusers(tmp_path: Path):
         nn.init.normal_(module.lora_up.weight, generator=generator)
     save_lora(tmp_path / "a.safetensors", modules)
     theirs = FluxKontextPipeline.lora_state_dict(tmp_path / "a.safetensors")
-    adapter = read_adapter(tmp_path / "a.safetensors", KONTEXT)
+    adapter = read_adapter(tmp_path / "a.safetensors", FLUX)
     assert len(adapter.modules) == 228
 
     x = torch.randn(12288 + 3072, generator=generator)

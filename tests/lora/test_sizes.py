@@ -7,7 +7,8 @@ from lycoris import LycorisNetwork, create_lycoris
 from kontext.lora.adapter import attach
 from kontext.lora.files import save_lora
 from kontext.lora.sizes import config_for
-from tests.lora.models import CONFIG, KONTEXT, make_transformer, meta_transformer
+from kontext.model.transformer import FLUX
+from tests.lora.models import CONFIG, make_transformer, meta_transformer
 from tests.lora.reference import diffusers_model, save
 
 
@@ -16,7 +17,7 @@ def test_the_real_model_is_told_from_any_of_its_layers(tmp_path: Path):
     save_lora(
         tmp_path / "a.safetensors", attach(meta_transformer(), rank=1, alpha=1, seed=0, device="cpu", **only)
     )
-    assert config_for([tmp_path / "a.safetensors"]) == KONTEXT
+    assert config_for([tmp_path / "a.safetensors"]) == FLUX
 
 
 def test_a_small_model(tmp_path: Path):

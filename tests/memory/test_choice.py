@@ -18,10 +18,10 @@ from kontext.memory.estimate import Estimate, Policy, Work, denoising, training
 from kontext.memory.placement import Placement
 from kontext.memory.streaming import streamed_blocks
 from kontext.memory.weights import weights_of
+from kontext.model.transformer import FLUX
 from tests.memory.test_estimate import MEGAPIXEL, RANK_32
-from tests.memory.test_placement import REAL
 
-WEIGHTS = weights_of(REAL, itemsize=2)
+WEIGHTS = weights_of(FLUX, itemsize=2)
 
 
 def peak(setup: Setup, work: Work = MEGAPIXEL) -> int:
@@ -33,7 +33,7 @@ def trained_on(
     gigabytes: float, work: Work = MEGAPIXEL, policies: tuple[Policy, ...] = POLICIES
 ) -> Setup | None:
     return choose(
-        setups(REAL, policies=policies),
+        setups(FLUX, policies=policies),
         peak=lambda setup: peak(setup, work),
         time=step_time(WEIGHTS, work),
         budget=int(gigabytes * 1e9),
@@ -42,7 +42,7 @@ def trained_on(
 
 def test_operations_of_the_published_model():
     """112.4 and 53.1 TFLOP at 8704 tokens, counted by hand: 57 blocks x 12 D^2 and 57 x 2 L^2 D multiplications."""
-    linear, attention = operations(REAL, MEGAPIXEL)
+    linear, attention = operations(FLUX, MEGAPIXEL)
     assert linear == 57 * 8704 * 12 * 3072**2 * 2
     assert attention == 57 * 2 * 8704**2 * 3072 * 2
     assert (linear / 1e12, attention / 1e12) == (pytest.approx(112.4, abs=0.1), pytest.approx(53.1, abs=0.1))
@@ -83,15 +83,15 @@ def test_with_few_tokens_computing_again_beats_copying():
 
 def test_of_equals_the_one_with_the_fewest_blocks_on_the_host():
     found = trained_on(12, policies=("whole",))
-    fewer = possible_swaps(REAL)[possible_swaps(REAL).index(found.placement.swap) - 1]
+    fewer = possible_swaps(FLUX)[possible_swaps(FLUX).index(found.placement.swap) - 1]
     assert peak(found) <= 12e9 < peak(replace(found, placement=Placement(fewer, found.placement.modulation)))
 
 
 def test_possible_swaps_stream_more_and_more_blocks_until_all():
-    counts = [sum(map(len, streamed_blocks(19, 38, swap))) for swap in possible_swaps(REAL)]
+    counts = [sum(map(len, streamed_blocks(19, 38, swap))) for swap in possible_swaps(FLUX)]
     assert counts[0] == 0 and counts[-1] == 57
     assert counts == sorted(set(counts))
-    assert possible_swaps(replace(REAL, double_blocks=1, single_blocks=1)) == [
+    assert possible_swaps(replace(FLUX, double_blocks=1, single_blocks=1)) == [
         0,
         1,
         "max",
@@ -100,10 +100,10 @@ def test_possible_swaps_stream_more_and_more_blocks_until_all():
 
 def test_the_smallest_budget_is_told():
     found = choose(
-        setups(REAL, policies=POLICIES), peak=peak, time=step_time(WEIGHTS, MEGAPIXEL), budget=10**9
+        setups(FLUX, policies=POLICIES), peak=peak, time=step_time(WEIGHTS, MEGAPIXEL), budget=10**9
     )
     assert found.setup is None
-    assert found.smallest == min(peak(setup) for setup in setups(REAL, policies=POLICIES))
+    assert found.smallest == min(peak(setup) for setup in setups(FLUX, policies=POLICIES))
     assert peak(Setup(Placement("max", True), "offloaded")) == found.smallest
 
 
@@ -112,7 +112,7 @@ def test_the_smallest_budget_is_told():
 )
 def test_pictures(gigabytes, expected):
     found = choose(
-        setups(REAL),
+        setups(FLUX),
         peak=lambda setup: (
             Estimate((denoising(WEIGHTS, WEIGHTS.placed(setup.placement), MEGAPIXEL, steps=25),)).peak
         ),

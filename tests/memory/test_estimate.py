@@ -23,12 +23,11 @@ from kontext.memory.tiling import tile
 from kontext.memory.weights import Placed, weights_of
 from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
 from kontext.model.t5 import T5Config, T5Encoder
-from kontext.model.transformer import Transformer, TransformerConfig
+from kontext.model.transformer import FLUX, Transformer, TransformerConfig
 from kontext.training.network import Network, build
 from tests.memory.live import Live
-from tests.memory.test_placement import REAL
 
-WEIGHTS = weights_of(REAL, itemsize=2)
+WEIGHTS = weights_of(FLUX, itemsize=2)
 MEGAPIXEL = Work(batch=1, tokens=8704, itemsize=2)  # 1024x1024 with a reference of this size, and 512 of text
 RANK_32 = Trained(parameters=112_066_560, optimizer=2 * 112_066_560)  # adamw8bit
 AE = AutoencoderConfig(3, 128, (1, 2, 4, 4), 2, 16, 0.3611, 0.1159)
@@ -113,16 +112,16 @@ def test_the_worst_moment_of_a_picture():
 
 
 def test_what_offloaded_blocks_keep_is_on_the_host():
-    whole, offloaded = (activations(REAL, MEGAPIXEL, [policy] * 57) for policy in ("whole", "offloaded"))
+    whole, offloaded = (activations(FLUX, MEGAPIXEL, [policy] * 57) for policy in ("whole", "offloaded"))
     assert (whole.host, offloaded.host) == (0, whole.device)
-    assert offloaded.device == 2 * MEGAPIXEL.unit(REAL)
+    assert offloaded.device == 2 * MEGAPIXEL.unit(FLUX)
 
 
 def test_what_blocks_keep_of_the_published_model():
     """GB for 57 blocks, worked out by hand: a unit is 8704 x 3072 x 2 bytes, 53.5 MB."""
 
     def found(policy: Policy) -> tuple[float, float]:
-        part = activations(REAL, MEGAPIXEL, [policy] * 57)
+        part = activations(FLUX, MEGAPIXEL, [policy] * 57)
         return part.device / 1e9, part.host / 1e9
 
     assert found("none") == (pytest.approx(57 * 9 * 0.05348 + 57 * 8704 * 24 * 4e-9, rel=1e-3), 0)
@@ -133,11 +132,11 @@ def test_what_blocks_keep_of_the_published_model():
 
 def test_ranks_are_kept_where_nothing_is_recomputed():
     plain, ranked = (
-        activations(REAL, MEGAPIXEL, ["none"] * 57, ranks=ranks).device for ranks in (0, 228 * 32)
+        activations(FLUX, MEGAPIXEL, ["none"] * 57, ranks=ranks).device for ranks in (0, 228 * 32)
     )
     assert ranked - plain == 228 * 32 * 8704 * 2
-    assert activations(REAL, MEGAPIXEL, ["whole"] * 57, ranks=100) == activations(
-        REAL, MEGAPIXEL, ["whole"] * 57
+    assert activations(FLUX, MEGAPIXEL, ["whole"] * 57, ranks=100) == activations(
+        FLUX, MEGAPIXEL, ["whole"] * 57
     )
 
 

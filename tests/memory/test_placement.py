@@ -7,14 +7,13 @@ from kontext.checkpoints import load_transformer
 from kontext.memory.modulation import HostModulation
 from kontext.memory.placement import Placement
 from kontext.memory.streaming import Streamed
-from kontext.model.transformer import TransformerConfig
+from kontext.model.transformer import FLUX
 
 CPU = torch.device("cpu")
-REAL = TransformerConfig(64, 64, 4096, 768, 3072, 24, 12288, 19, 38, (16, 56, 56), 1e4, True)
 
 
 def test_names_on_the_host_of_the_published_model():
-    stays = Placement(swap=10, modulation=True).on_host(REAL)
+    stays = Placement(swap=10, modulation=True).on_host(FLUX)
     # 10 is 5 double and 11 single blocks, evenly spread: every 3.8th and every 3.45th.
     doubles = [i for i in range(19) if stays(f"double_blocks.{i}.img_attn.qkv.weight")]
     singles = [i for i in range(38) if stays(f"single_blocks.{i}.linear1.bias")]
@@ -27,7 +26,7 @@ def test_names_on_the_host_of_the_published_model():
 
 
 def test_streamed_blocks_keep_their_modulation_unless_asked():
-    stays = Placement(swap="max").on_host(REAL)
+    stays = Placement(swap="max").on_host(FLUX)
     assert stays("double_blocks.0.txt_mlp.0.weight") and not stays("double_blocks.0.txt_mod.lin.weight")
 
 

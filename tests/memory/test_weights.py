@@ -11,9 +11,8 @@ from kontext.memory.modulation import HostModulation
 from kontext.memory.placement import Placement
 from kontext.memory.streaming import Streamed
 from kontext.memory.weights import Placed, weights_of
-from kontext.model.transformer import Transformer
+from kontext.model.transformer import FLUX, Transformer
 from kontext.quant import stored_bytes
-from tests.memory.test_placement import REAL
 
 CPU = torch.device("cpu")
 PLACEMENTS = [Placement(), Placement(0, True), Placement(1), Placement("max", True)]
@@ -60,7 +59,7 @@ def test_equal_to_a_loaded_model(tiny_files, placement, dtype, mode):
 
 def test_the_published_model():
     """23.8 GB in bfloat16, of which 6.45 are modulation; a slot of the ring holds a double block of 453 MB."""
-    weights = weights_of(REAL, itemsize=2)
+    weights = weights_of(FLUX, itemsize=2)
     placed = weights.placed(Placement())
     assert placed == Placed(device=2 * 11_901_408_320, ring=0, host=0)
     away = weights.placed(Placement("max", modulation=True))
