@@ -1,6 +1,7 @@
 """Models from files: every published layout, told apart by its tensors, read one tensor at a time."""
 
 from kontext.checkpoints.autoencoder import empty_autoencoder, load_autoencoder
+from kontext.checkpoints.reading import tell_of_fp8
 from kontext.checkpoints.source import Source, open_source
 from kontext.checkpoints.text import empty_clip, empty_t5, load_clip, load_t5
 from kontext.checkpoints.tokenizers import load_clip_tokenizer, load_t5_tokenizer
@@ -19,5 +20,6 @@ __all__ = [
     "load_t5_tokenizer",
     "load_transformer",
     "open_source",
+    "tell_of_fp8",
     "transformer_config",
 ]

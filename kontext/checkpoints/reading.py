@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kontext.checkpoints.source import Source
+from kontext.console import notice
 from kontext.errors import UserError
 from kontext.quant import FP8, Mode, Quantised, dequantise, quantisable, quantise, quantised_linear
 from kontext.readahead import read_ahead
@@ -84,6 +85,16 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def tell_of_fp8(source: Source, dtype: torch.dtype, option: str) -> None:
+    """A notice of weights that are in fp8 in the file and will be in `dtype` in memory, for `option` is not given."""
+    entries = map(source.entry, source.keys())
+    if found := sum(entry.dtype == FP8 and len(entry.shape) == 2 for entry in entries):
+        notice(
+            f"{source.path}: {found} weights are in 8 bits there, and take {dtype.itemsize} times the memory here. {option} "
+            "keeps them as they are."
+        )
 
 
 def fill(

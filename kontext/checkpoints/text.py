@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kontext.checkpoints.reading import Origin, check, count, fill, stacked_shape
+from kontext.checkpoints.reading import Origin, check, count, fill, stacked_shape, tell_of_fp8
 from kontext.checkpoints.source import Source, open_source
 from kontext.errors import UserError
 from kontext.model.clip import ACTIVATIONS, ClipConfig, ClipText
@@ -48,6 +48,8 @@ def load_t5(
             return kept
         return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
 
+    if not fp8:
+        tell_of_fp8(source, kept or dtype, "--fp8-t5")
     mode = "int8" if fp8 else None
     fill(model, source, origins, device=device, dtype=dtype_of, select=linears.__contains__, mode=mode)
     return model

@@ -19,6 +19,7 @@ from kontext.checkpoints import (
     load_t5_tokenizer,
     load_transformer,
     open_source,
+    tell_of_fp8,
     transformer_config,
 )
 from kontext.compiling import compile_blocks
@@ -166,6 +167,8 @@ def open_transformer(
     _check_merge(loras, runtime)
     say(f"Loading the transformer: {path}")
     source = open_source(path, "transformer")
+    if runtime.quantization is None and runtime.weights is None:
+        tell_of_fp8(source, runtime.kept or runtime.dtype, "--fp8")
     adapters = read_adapters(loras.paths, transformer_config(source))
     patterns = {"include_patterns": loras.include_patterns, "exclude_patterns": loras.exclude_patterns}
     attach = bool(adapters) and not loras.merge and (loras.attach or runtime.quantization is not None)

@@ -117,6 +117,20 @@ def test_weights_that_are_not_multiplied_in_8_bits_are_told_of(tiny_files, tmp_p
     assert "1 of 20 weights are not multiplied in 8 bits" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("mode", [None, "fp8", "nf4"])
+def test_weights_in_fp8_that_grow_are_told_of(tiny_files, tmp_path, capsys, mode):
+    state = load_file(tiny_files.dit)
+    wide = {name for name, value in state.items() if value.ndim == 2}
+    state = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
+    save_file(state, tmp_path / "fp8.safetensors")
+    files = ModelFiles(dit=tmp_path / "fp8.safetensors")
+    open_transformer(files, replace(RUNTIME, quantization=mode, kept=torch.bfloat16), Loras(), ())
+    told = f"{len(wide)} weights are in 8 bits there, and take 2 times the memory here. --fp8 keeps them"
+    assert (told in " ".join(capsys.readouterr().err.split())) == (mode is None)
+    open_transformer(ModelFiles(dit=tiny_files.dit), RUNTIME, Loras(), ())
+    assert "8 bits" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "load, option",
     [
