@@ -1,6 +1,6 @@
 """`--vram-budget`: what options leave open is chosen so that the run fits, and what is chosen is told."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from kontext.memory.choice import (
 from kontext.memory.estimate import CONTEXT, TRAINING_STEP
 from kontext.memory.free import free_bytes
 from kontext.memory.needs import PictureNeeds, TrainingNeeds, in_strips
+from kontext.memory.policies import Policy
 from kontext.memory.streaming import Swap, streamed_blocks
 from kontext.model.transformer import TransformerConfig
 from kontext.options.generate import Generate
@@ -51,7 +52,7 @@ def for_training(options: Train, needs: TrainingNeeds, device: torch.device) -> 
         needs.weights.config,
         swaps=_swaps(options, needs.weights.config) if frozen else [0],
         modulations=_modulations(options) if frozen and not needs.whole_modulation else [False],
-        policies=POLICIES if _recomputes_freely(options) else (mix.policy,),
+        policies=_policies(options) if _recomputes_freely(options) else (mix.policy,),
     )
     if mix.count is not None:
         possible = [replace(setup, count=mix.count) for setup in possible]
@@ -86,7 +87,7 @@ def _within(
         found = choose(setups, peak=peak, time=time, budget=budget)
         if found.setup is not None:
             setup = found.setup
-            if _recomputes_freely(options):
+            if _recomputes_freely(options) and not options.compile:
                 setup = lightened(setup, needs.weights.config, peak=peak, budget=budget)
             _tell(options, smaller, setup, strips)
             return options.model_copy(update=_chosen(options, setup, strips))
@@ -109,6 +110,11 @@ def _recomputes_freely(options: Generate | Train) -> bool:
     if not isinstance(options, Train):
         return False
     return options.checkpointing == "auto" or not options.model_fields_set & set(RECOMPUTING)
+
+
+def _policies(options: Train) -> Sequence[Policy]:
+    """What blocks may compute again. A compiler makes its own choice between everything and nothing."""
+    return [policy for policy in POLICIES if policy != "selective"] if options.compile else POLICIES
 
 
 def _bytes(words: str, device: torch.device) -> int:

@@ -47,6 +47,7 @@ def option(
     aliases: tuple[str, ...] = (),
     flags: Mapping[str, str] | None = None,
     command_line_only: bool = False,
+    form: str | None = None,
     **bounds: Any,
 ) -> Any:
     """Declare one option; without a default it is required.
@@ -54,9 +55,16 @@ def option(
     aliases: other names of the same option, in snake_case (`("ae",)` makes `--ae` mean `--vae`).
     flags: names without a value that stand for one, `{"sdpa": "sdpa"}` makes `--sdpa` mean `--attn-mode sdpa`.
     command_line_only: neither read from a config file nor shown by `--print-config`.
+    form: in words, what matches the pattern that is among the bounds.
     bounds: what pydantic's Field takes: ge, gt, le, lt, min_length, max_length, pattern.
     """
-    extra = {"aliases": aliases, "flags": dict(flags or {}), "command_line_only": command_line_only}
+    assert ("pattern" in bounds) == (form is not None), "who reads the error need not read a pattern"
+    extra = {
+        "aliases": aliases,
+        "flags": dict(flags or {}),
+        "command_line_only": command_line_only,
+        "form": form,
+    }
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 

@@ -124,6 +124,7 @@ class Output(Options):
         "File name without ending. Without it: time and seed. Several results are numbered.",
         default=None,
         pattern=r"^[^/\\]+$",
+        form="a name without slashes",
     )
     output_type: Literal["images", "latent", "latent_images"] = option(
         "Write pictures, latents as .safetensors, or both.", default="images"

@@ -61,7 +61,7 @@ def _reason(error: ErrorDetails, spec: Spec, value: Any) -> str:
         words, key = COMPARISONS[error["type"]]
         return f"must be {words} {error['ctx'][key]:.12g}, not {error['input']}."
     if error["type"] == "string_pattern_mismatch":
-        return f"must match the pattern {error['ctx']['pattern']}, not '{value}'."
+        return f"must be {spec.form}, not '{value}'."
     match = nearest(str(value), spec.metavar.split("|")) if error["type"] == "literal_error" else None
     hint = f" Did you mean {match}?" if match else ""
     given = " ".join(map(str, value)) if isinstance(value, list) else str(value)

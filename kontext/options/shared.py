@@ -142,6 +142,7 @@ class Swapping(Options):
         "the GPU ahead of use (max: of all blocks). The result is the same to the bit.",
         default="0",
         pattern=r"^(\d+|max)$",
+        form="a whole number from 0 or max",
     )
     modulation: Literal["auto", "resident"] = option(
         "Where the weights of the blocks' modulation live, a quarter of the model: auto keeps them in host memory when "
@@ -158,6 +159,7 @@ class Planning(Options):
         "streamed blocks, and in training what is computed again; never weights in fewer bits.",
         default=None,
         pattern=r"^(auto|\d+(\.\d+)?)$",
+        form="a number of GiB or auto",
     )
     dry_run: bool = option(
         "Try everything that can fail later, show what will be done and the memory it takes, and stop. No weights are "

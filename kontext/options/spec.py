@@ -30,7 +30,7 @@ class Spec:
 
     kind: a switch takes no value, a list takes several.
     metavar: what the values look like (`integer`, `a|b`); noun: the same in a sentence.
-    bounds: `>=1, <=512`, or empty.
+    bounds: `>=1, <=512`, or empty; form: in words, what a text must look like that has to match a pattern.
     off: the name that sets a switch to False.
     """
 
@@ -46,6 +46,7 @@ class Spec:
     aliases: tuple[str, ...]
     flags: Mapping[str, str]
     command_line_only: bool
+    form: str | None
 
     @property
     def flag(self) -> str:

@@ -19,7 +19,9 @@ class Saving(Options):
     """Saving"""
 
     output_dir: Path = option("Folder for the LoRA, states and samples.")
-    output_name: str = option("Name of the LoRA file, without ending.", pattern=r"^[^/\\]+$")
+    output_name: str = option(
+        "Name of the LoRA file, without ending.", pattern=r"^[^/\\]+$", form="a name without slashes"
+    )
     save_precision: Annotated[Precision | None, BeforeValidator(_float)] = option(
         "Precision of the LoRA file. Without it: float32; with --network-module none that of --dit.",
         default=None,
@@ -116,11 +118,14 @@ class Train(
             raise ValueError("Sample pictures need --sample-prompts, the file with their prompts.")
         if self.sample_prompts is not None and None in (self.vae, self.text_encoder1, self.text_encoder2):
             raise ValueError("--sample-prompts needs --vae, --text-encoder1 and --text-encoder2 too.")
-        if self.compile and (self.checkpointing or "").startswith("selective"):
-            raise ValueError("--checkpointing selective does not go with --compile: use whole or none.")
+        if self.compile and (self.checkpointing or "").startswith(("selective", "whole:")):
+            raise ValueError(
+                f"--checkpointing {self.checkpointing} does not go with --compile: use whole or none."
+            )
         whole = self.gradient_checkpointing or self.gradient_checkpointing_cpu_offload
         if whole and self.checkpointing not in (None, "auto", "whole"):
+            given = "--gradient-checkpointing" + "-cpu-offload" * self.gradient_checkpointing_cpu_offload
             raise ValueError(
-                f"--checkpointing {self.checkpointing} and --gradient-checkpointing say different things: leave one out."
+                f"--checkpointing {self.checkpointing} and {given} say different things: leave one out."
             )
         return self

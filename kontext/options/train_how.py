@@ -203,6 +203,7 @@ class Memory(Options):
         "memory allows. By default none, or whole with --gradient-checkpointing.",
         default=None,
         pattern=r"^(none|auto|(selective|whole)(:\d+)?)$",
+        form="none, auto, selective or whole, or one of the last two with a number of blocks such as selective:20",
     )
     gradient_checkpointing: bool = option("The same as --checkpointing whole.", default=False)
     gradient_checkpointing_cpu_offload: bool = option(

@@ -70,7 +70,8 @@ class Upload(Options):
         "Repository OWNER/NAME on the Hugging Face hub to which everything saved is uploaded, while training goes on. It "
         "is made if there is none. An upload that fails is told and ends nothing.",
         default=None,
-        pattern=r"^[^/\\s]+/[^/\\s]+$",
+        pattern=r"^[^/\s]+/[^/\s]+$",
+        form="OWNER/NAME",
     )
     huggingface_repo_type: Literal["model", "dataset", "space"] = option(
         "Type of the repository.", default="model"

@@ -79,6 +79,15 @@ def test_checkpointing_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(found["checkpointing"]).startswith("selective:")
 
 
+@pytest.mark.parametrize("gibibytes", [16, 20, 24, 30, 40])
+def test_compiled_blocks_are_recomputed_whole_or_not_at_all(gibibytes: int) -> None:
+    """What compilers keep in between is their own choice, and no mix is made of it."""
+    found = chosen(training(vram_budget=str(gibibytes), compile=True))
+    assert found["checkpointing"] in ("none", "whole")
+    with pytest.raises(ValueError, match="--checkpointing whole:20 does not go with --compile"):
+        training(compile=True, checkpointing="whole:20")
+
+
 def test_what_is_given_stays() -> None:
     found = chosen(training(vram_budget="24", blocks_to_swap="30", checkpointing="whole"))
     assert (found["blocks_to_swap"], found["checkpointing"]) == ("30", "whole")

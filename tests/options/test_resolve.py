@@ -8,6 +8,7 @@ from pydantic import model_validator
 from kontext.errors import UserError
 from kontext.options.base import Options, option
 from kontext.options.resolve import resolve
+from kontext.options.train import Train
 from tests.options.models import Everything
 
 FILES = {"dit": "d", "vae": "v"}
@@ -59,13 +60,13 @@ def test_one_line_names_the_flag(given: dict[str, object], message: str) -> None
     assert str(caught.value) == message
 
 
-def test_a_pattern_is_shown() -> None:
+def test_a_pattern_is_told_in_words() -> None:
     class Named(Options):
         """Named"""
 
-        name: str = option("A name.", pattern="^[a-z]+$")
+        name: str = option("A name.", pattern="^[a-z]+$", form="small letters")
 
-    with pytest.raises(UserError, match=r"^--name: must match the pattern \^\[a-z\]\+\$, not 'A/b'.$"):
+    with pytest.raises(UserError, match=r"^--name: must be small letters, not 'A/b'.$"):
         resolve(Named, {"name": "A/b"})
 
 
@@ -106,3 +107,16 @@ def test_a_rule_between_options_speaks_in_its_own_words() -> None:
 
     with pytest.raises(UserError, match="^--low must not be over --high.$"):
         resolve(Pair, {"low": "5"})
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("me/styles", True), ("s/s.s", True), ("styles", False), ("a/b c", False)]
+)
+def test_names_of_repositories(name: str, taken: bool) -> None:
+    paths = {field: "x" for field in ("dit", "dataset_config", "output_dir", "output_name")}
+    given = {**paths, "huggingface_repo_id": name}
+    if taken:
+        assert resolve(Train, given).huggingface_repo_id == name
+    else:
+        with pytest.raises(UserError, match=f"must be OWNER/NAME, not '{name}'"):
+            resolve(Train, given)
