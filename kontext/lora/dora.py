@@ -20,6 +20,7 @@ class DoraLinear(LoraLinear):
     """
 
     keeps_output = True
+    units = 4
 
     def create(self, device: torch.device | str) -> None:
         super().create(device)

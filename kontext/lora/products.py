@@ -22,6 +22,7 @@ class LohaLinear(AdapterLinear):
     """
 
     dense = 3
+    units = 2
 
     def create(self, device: torch.device | str) -> None:
         outputs, inputs = self.base.out_features, self.base.in_features
@@ -62,7 +63,7 @@ class LokrLinear(AdapterLinear):
     scale is 1, where the rank is half of w2's larger side or more; else as w2_a (k, r), w2_b (r, n).
     """
 
-    units = 3
+    units = 7
 
     def __init__(self, base: nn.Module, *, rank: int, alpha: float, factor: int = -1, **options: Any) -> None:
         self.rows, self.columns = factorise(base.out_features, factor), factorise(base.in_features, factor)

@@ -72,4 +72,5 @@ class _Beside(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (hidden,) = ctx.saved_tensors
         first, rest = gradient.tensor_split([gradient.shape[-1] - hidden.shape[-1]], -1)
-        return first, torch.ops.aten.gelu_backward(rest, hidden, approximate="tanh")
+        # A copy of the narrow part, which attention makes anyway: a view would keep the whole alive until then.
+        return first.contiguous(), torch.ops.aten.gelu_backward(rest, hidden, approximate="tanh")

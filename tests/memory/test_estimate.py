@@ -97,10 +97,8 @@ def test_the_worst_moment_of_a_step(policy):
 @pytest.mark.parametrize("policy", ["none", "selective", "whole"])
 @pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
 def test_the_worst_moment_of_other_adapters(kind, policy):
-    room = (
-        0.1 if kind == "loha" else 0.05
-    )  # dense products, which rarely meet the moment of the most activations
-    assert estimated(small(), policy, kind) == pytest.approx(really(small(), policy, kind)[1], rel=room)
+    """Their own products rarely meet the moment of the most activations, so it is taken a little too high."""
+    assert estimated(small(), policy, kind) == pytest.approx(really(small(), policy, kind)[1], rel=0.1)
 
 
 def test_the_worst_moment_of_a_picture():
