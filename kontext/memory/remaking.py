@@ -192,6 +192,11 @@ class Remade(Wrapped):
 
 
 def remake_blocks(model: Transformer, policies: Policies = "none") -> None:
-    """Wraps every block of `model`. Attach adapters before; place (stream) and recompute after."""
+    """Wraps the blocks of `model` that run once. Attach adapters before; place (stream) and recompute after.
+
+    One that is recomputed whole keeps all it makes for the moment until its backward pass: to make some of that a third
+    time would cost a twentieth of a step, and save three tensors of (tokens x width).
+    """
     for blocks, i, policy in places(model, policies):
-        blocks[i] = Remade(blocks[i], selective=policy == "selective")
+        if policy in ("none", "selective"):
+            blocks[i] = Remade(blocks[i], selective=policy == "selective")

@@ -1,6 +1,7 @@
-"""How many bytes of tensors are alive: counted from outside, at every operation."""
+"""How many bytes of tensors are alive, and which operations run: counted from outside."""
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,3 +42,13 @@ class Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self.bytes.pop(key)
+
+
+class Calls(TorchDispatchMode, Counter[str]):
+    """Within, how often each operation of torch runs, by name."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

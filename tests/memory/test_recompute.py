@@ -6,8 +6,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from kontext.memory.recompute import recompute_blocks
+from kontext.memory.remaking import remake_blocks
+from kontext.model.transformer import Transformer
 from kontext.training.network import Network, build
-from tests.memory.test_remaking import IMAGE, TOKENS, WIDTH, adapted, forward
+from tests.memory.live import Calls
+from tests.memory.test_remaking import IMAGE, TOKENS, WIDTH, adapted, forward, gradients
 from tests.training.world import CONFIG, small_transformer
 
 
@@ -38,11 +41,17 @@ def test_less_is_kept() -> None:
     assert saved_bytes(recompute=True) < 0.5 * saved_bytes(recompute=False)
 
 
+def recomputed_whole(model: Transformer) -> None:
+    """As training does it."""
+    remake_blocks(model, "whole")
+    recompute_blocks(model, "whole")
+
+
 def operations(recompute: bool) -> tuple[int, int]:
     """Of the blocks in a forward pass, and of the backward pass."""
     model = adapted(double=1, single=1)
     if recompute:
-        recompute_blocks(model)
+        recomputed_whole(model)
     with FlopCounterMode(display=False) as counter:
         loss = forward(model).square().mean()
         counts = counter.get_flop_counts()
@@ -57,3 +66,15 @@ def test_the_products_that_end_a_block_are_computed_once() -> None:
     double, single = TOKENS * hidden, IMAGE * (WIDTH + hidden)  # the last block is asked for the image alone
     (forth, plain), (_, recomputed) = operations(False), operations(True)
     assert recomputed - plain == forth - 2 * WIDTH * (double + single)
+
+
+def test_nothing_is_computed_a_third_time() -> None:
+    model = adapted(double=1, single=1)
+    recomputed_whole(model)
+    with Calls() as calls:
+        gradients(model)
+    norms, gelus, attentions = 2 * 2 + 2, 2 + 1, 2  # of a forward pass; the last block's text is normed apart
+    outside = 1  # the final layer's norm
+    assert calls["native_layer_norm"] == 2 * norms + outside
+    assert calls["sigmoid_"] == 2 * gelus
+    assert calls["_scaled_dot_product_flash_attention_for_cpu"] == 2 * attentions
