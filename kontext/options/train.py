@@ -41,9 +41,10 @@ class Saving(Options):
         "The same for states by step. Without it: as for the LoRA.", default=None, ge=1
     )
     save_state: bool = option(
-        "With each save, at the end and on Ctrl-C, save a state from which training can go on.", default=False
+        "With each save and at the end, save a state from which training can go on. Ctrl-C and SIGTERM always do.",
+        default=False,
     )
-    save_state_on_train_end: bool = option("Save a state at the end and on Ctrl-C.", default=False)
+    save_state_on_train_end: bool = option("Save a state at the end.", default=False)
     resume: Path | None = option(
         "Go on from a state folder; auto: from the last complete one of this output name, if there is any.",
         default=None,

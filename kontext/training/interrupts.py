@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,6 +12,14 @@ ECHO = 2.0
 """Seconds in which another signal is the same one: a terminal, `timeout` and torchrun send it to all processes of a group,
 and a launcher passes on to its processes what they have had already.
 """
+
+Stop = Callable[[], bool]
+"""Whether the run is to end: what may take longer than the time that a machine gives for that asks again and again."""
+
+
+def never() -> bool:
+    """For what is not to be broken off."""
+    return False
 
 
 class Interrupts:

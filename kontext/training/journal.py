@@ -50,6 +50,7 @@ class Journal:
         if (recorder := self._recorder) is not None:
             self._drawn = True
             self._guarded(lambda: recorder.samples(done, label, [path.name for path in pictures]))
+            self.flush()  # a run that goes on does not draw again what lies there
 
     def flush(self) -> None:
         """Brings the history to the disk: before a state is saved, so that no run goes on with a gap in it."""

@@ -16,10 +16,12 @@ from kontext.generation.outputs import save_picture, settings_of
 from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
 from kontext.generation.stages import Conditioned, Framed
+from kontext.training.interrupts import Stop, never
 from kontext.training.loop import Outcome
 from kontext.training.names import Names
 from kontext.training.plan import Plan
 from kontext.training.team import Team
+from kontext.training.validation import evaluating
 
 FOLDER = "sample"
 CELL = 512  # pixels: the height of a row of the grid
@@ -59,6 +61,10 @@ class Sample:
     request: Request
     references: tuple[Image.Image, ...]
     conditioned: Conditioned | None
+
+
+class _Stopped(Exception):
+    """The run is to end in the middle of a picture."""
 
 
 Made = tuple[Image.Image, Mapping[str, str]]
@@ -108,6 +114,7 @@ class Previews:
         """weights: within it what is trained has the weights to be used, which may not be those in training.
 
         Every process of the team has all samples, draws those that it has conditioned, and the first one writes them.
+        All know when the last ones were `broken_off`.
         """
         self.kontext = kontext
         self.samples = samples
@@ -115,37 +122,58 @@ class Previews:
         self.rhythm = rhythm
         self.team = team
         self.weights = weights
+        self.broken_off = False
         self.folder = names.folder / FOLDER
         self.name = names.stem
         self.drawn = drawn
 
-    def __call__(self, outcome: Outcome) -> None:
+    def begin(self, done: int, stop: Stop = never) -> None:
+        """Before the first step, when `done` are done already: draws the samples of the start, or those that were due
+        when the run that goes on was broken off.
+
+        Raises KeyboardInterrupt when the run is to end meanwhile.
+        """
+        if done == 0:
+            label = f"{0:06d}" if self.rhythm.at_first else None
+        else:
+            label = self.rhythm.label(done - 1, self.plan)
+            missing = bool(label) and not self._grid(label).exists()
+            label = label if self.team.gather(missing)[0] else None
+        if label is not None and not self.draw(label, done, stop):
+            raise KeyboardInterrupt
+
+    def __call__(self, outcome: Outcome, stop: Stop = never) -> None:
         label = self.rhythm.label(outcome.step, self.plan)
         if label is not None:
-            self.draw(label, outcome.step + 1)
+            self.draw(label, outcome.step + 1, stop)
 
-    def draw(self, label: str, done: int) -> None:
-        """Makes all samples after `done` steps and writes each, and a grid of them.
+    def draw(self, label: str, done: int, stop: Stop = never) -> bool:
+        """Makes all samples after `done` steps and writes each, and a grid of them; False if it was broken off.
 
         Nothing of training changes: dropout is off meanwhile, and no global random numbers are drawn.
+        stop: is asked between steps, but for processes that need one another for each step.
         """
-        parts = self.team.gather(self._pictures())
-        if self.team.leads:
-            made = {number: one for part in parts for number, one in part.items()}
+        parts = self.team.gather(self._pictures(never if self.team.together else stop))
+        made = {number: one for part in parts for number, one in part.items()}
+        complete = len(made) == len(self.samples)
+        self.broken_off = not complete
+        if self.team.leads and complete:
             self._write([made[number] for number in range(len(self.samples))], label, done)
+        elif self.team.leads:
+            console.notice(
+                f"The samples after step {done} are broken off. They are drawn when the run goes on."
+            )
+        return complete
 
-    def _pictures(self) -> dict[int, Made]:
-        """This process' part of the samples, by number."""
+    def _pictures(self, stop: Stop) -> dict[int, Made]:
+        """This process' part of the samples, by number; none if the run is to end."""
         mine = {number: s.conditioned for number, s in enumerate(self.samples) if s.conditioned}
         if not mine:
             return {}
-        transformer = self.kontext.transformer()
-        training = transformer.training
-        transformer.eval()
-        with self.weights():
-            uses = [partial(self.kontext.denoise, conditioned) for conditioned in mine.values()]
-            latents = [self.team.run(use) for use in uses]
-        transformer.train(training)
+        try:
+            latents = self._latents(list(mine.values()), stop)
+        except _Stopped:
+            return {}
         autoencoder = self.kontext.autoencoder().to(self.kontext.runtime.device)
         made = {
             number: self._made(conditioned.framed, latent)
@@ -154,9 +182,24 @@ class Previews:
         autoencoder.cpu()
         return made
 
+    def _latents(self, wanted: Sequence[Conditioned], stop: Stop) -> list[Tensor]:
+        """Raises _Stopped between two steps."""
+
+        def watch(step: int, latents: Tensor) -> None:
+            if stop():
+                raise _Stopped
+
+        with evaluating(self.kontext.transformer()), self.weights():
+            uses = [partial(self.kontext.denoise, conditioned, watch) for conditioned in wanted]
+            return [self.team.run(use) for use in uses]
+
     def _made(self, framed: Framed, latent: Tensor) -> Made:
         settings = settings_of(framed.request, framed.width, framed.height)
         return self.kontext.finish(framed, latent), settings
+
+    def _grid(self, label: str) -> Path:
+        """What is written last of all samples."""
+        return self.folder / f"{self.name}_{label}_grid.png"
 
     def _write(self, made: Sequence[Made], label: str, done: int) -> None:
         now, paths = f"{datetime.now():%Y%m%d%H%M%S}", []
@@ -165,7 +208,7 @@ class Previews:
             save_picture(self.folder / name, picture, settings)
             paths.append(self.folder / name)
         rows = [(*s.references, picture) for s, (picture, _) in zip(self.samples, made, strict=True)]
-        path = self.folder / f"{self.name}_{label}_grid.png"
+        path = self._grid(label)
         save_picture(path, grid(rows), {})
         console.say(f"Samples: {path}")
         self.drawn(done, label, paths)

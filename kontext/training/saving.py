@@ -116,10 +116,9 @@ class Saver:
         self.last_state = folder
 
     def interrupted(self, done: int) -> None:
-        """Saves a state on the way out, if states are wanted."""
-        if self.rules.with_state or self.rules.state_at_end:
-            self.save_state(self.names.at_step(done, STATE), done)
-            console.say(f"Saved {self.last_state}. Go on with --resume auto.")
+        """Saves a state on the way out, whether others are wanted or not: nothing that was learned is lost."""
+        self.save_state(self.names.at_step(done, STATE), done)
+        console.say(f"Saved {self.last_state}. Go on with --resume auto.")
 
     def finish(self) -> None:
         """Saves the finished adapter, and its state if wanted."""

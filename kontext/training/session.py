@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ class Session:
     def run(self) -> None:
         """Trains to the end of the plan and saves.
 
-        Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved if states are wanted; UserError when
-        the loss is no number.
+        Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved; UserError when the loss is no number.
         """
         with self.journal, Interrupts() as interrupts, Writer() as writer, self.team.in_touch():
             saver = self._run(interrupts, writer)
@@ -106,8 +106,10 @@ class Session:
             saver = self._saver(monitor, validation, writer)
             if self.team.leads:
                 saver.tidy(first)
-            if first == 0 and self.previews and self.previews.rhythm.at_first:
-                self.previews.draw(f"{0:06d}", 0)
+            if validation and self.start.progress.unvalidated:
+                validation.begin(first, lambda: interrupts.requested)
+            if self.previews:
+                self.previews.begin(first, lambda: interrupts.requested)
             self._train(self._listeners(interrupts, monitor, validation, saver, writer))
             monitor.flush()
         return saver
@@ -150,8 +152,14 @@ class Session:
     def _saver(self, monitor: Monitor, validation: Validation | None, writer: Writer) -> Saver:
         def write_state(folder: Path, done: int) -> None:
             writer.wait()  # a state says that all that was to be written before it is there
-            best = validation.best if validation else self.start.progress.best
-            progress = Progress(done, self.settings, self.updates.scaler.state_dict(), monitor.notes, best)
+            progress = Progress(
+                done,
+                self.settings,
+                self.updates.scaler.state_dict(),
+                monitor.notes,
+                validation.best if validation else self.start.progress.best,
+                bool(validation and validation.broken_off),
+            )
             save_state(
                 folder,
                 progress=progress,
@@ -183,6 +191,9 @@ class Session:
     ) -> list[Listener]:
         """In this order: what a loss that is no number stops must not have been saved, and states know the best loss."""
 
+        def asked() -> bool:
+            return interrupts.requested
+
         def flush(outcome: Outcome) -> None:
             drawn = self.previews and self.previews.rhythm.label(outcome.step, self.examples.plan)
             if saver.due(outcome.step) or drawn:  # logs take no step after a later one
@@ -190,15 +201,18 @@ class Session:
                 self.journal.flush()
 
         def stop(outcome: Outcome) -> None:
-            if outcome.step + 1 < self.examples.plan.steps and self.team.any_before(interrupts.requested):
+            broken_off = any(each.broken_off for each in slow)
+            last = outcome.step + 1 == self.examples.plan.steps
+            if broken_off or (not last and self.team.any_before(interrupts.requested)):
                 monitor.flush()
                 self.journal.flush()
                 if self.team.saves:
                     saver.interrupted(outcome.step + 1)
                 raise KeyboardInterrupt
 
-        validating = [validation] if validation else []
-        previews = [self.previews] if self.previews else []
+        slow = [each for each in (validation, self.previews) if each]
+        validating = [partial(validation, stop=asked)] if validation else []
+        previews = [partial(self.previews, stop=asked)] if self.previews else []
         saving = [saver] if self.team.saves else []
         averaging = [self.average] if self.average else []
         return [

@@ -32,7 +32,7 @@ class Progress:
     step: how many are done. Epoch and place in the epoch follow from it, as the order of batches follows from the seed.
     settings: whatever changes the course of training, by the user's names for it.
     notes: what only the display and the report need, such as the smoothed loss.
-    best: the lowest validation loss so far.
+    best: the lowest validation loss so far; unvalidated: a validation that was due after `step` was broken off.
     """
 
     step: int
@@ -40,6 +40,7 @@ class Progress:
     scaler: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     best: float | None = None
+    unvalidated: bool = False
 
 
 def save_state(
@@ -213,11 +214,19 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 
 
 def latest_state(folders: Iterable[Path]) -> Path | None:
-    """The complete state among `folders` that has come furthest; torn ones count as absent."""
-    found: list[tuple[int, Path]] = []
+    """Of the run that saved last, the complete state that has come furthest; torn ones count as absent.
+
+    States of one run have equal settings, the seed among them. An earlier run of the same name, begun with others, may
+    have come further.
+    """
+    found: list[tuple[Progress, Path]] = []
     for folder in folders:
         try:
-            found.append((read_progress(folder).step, folder))
+            found.append((read_progress(folder), folder))
         except UserError:
             continue
-    return max(found)[1] if found else None
+    if not found:
+        return None
+    last, _ = max(found, key=lambda state: (state[1] / FILE).stat().st_mtime_ns)
+    own = [(progress.step, folder) for progress, folder in found if progress.settings == last.settings]
+    return max(own)[1]

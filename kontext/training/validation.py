@@ -17,6 +17,7 @@ from kontext.data.batches import Batch
 from kontext.timesteps import Timesteps
 from kontext.training.ahead import Pass, prepared
 from kontext.training.feed import Batches, Example
+from kontext.training.interrupts import Stop, never
 from kontext.training.loop import Outcome
 from kontext.training.objective import Objective
 from kontext.training.plan import Plan
@@ -53,7 +54,8 @@ class Held:
 class Validation:
     """Listens to the loop and validates when it is due; the adapter with the lowest loss is kept in a file.
 
-    In a team every process has one, and computes its part of the batches.
+    In a team every process has one, and computes its part of the batches. All know when the last one was `broken_off`:
+    then it is made up for by `begin`, before training goes on.
     """
 
     def __init__(
@@ -80,11 +82,27 @@ class Validation:
         self.write_adapter = write_adapter
         self.tell = tell
         self.best = best
+        self.broken_off = False
 
-    def __call__(self, outcome: Outcome) -> None:
-        if not self.held.every.due(outcome.step, self.plan):
+    def begin(self, done: int, stop: Stop = never) -> None:
+        """Before the first step: what was broken off after `done` steps. Raises KeyboardInterrupt when it is again."""
+        self._validate(done, stop)
+        if self.broken_off:
+            raise KeyboardInterrupt
+
+    def __call__(self, outcome: Outcome, stop: Stop = never) -> None:
+        if self.held.every.due(outcome.step, self.plan):
+            self._validate(outcome.step + 1, stop)
+
+    def _validate(self, done: int, stop: Stop) -> None:
+        loss = self.loss(stop)
+        self.broken_off = loss is None
+        if loss is None:
+            if self.team.leads:
+                console.notice(
+                    f"The validation after step {done} is broken off. It is done when the run goes on."
+                )
             return
-        done, loss = outcome.step + 1, self.loss()
         self.tell(done, loss)
         better = math.isfinite(loss) and (self.best is None or loss < self.best)
         if better:
@@ -94,17 +112,24 @@ class Validation:
         if better and self.team.saves:
             self.write_adapter(self.held.best_path, done)
 
-    def loss(self) -> float:
-        """The mean square error over all items and levels. Nothing of training changes, no random state either."""
+    def loss(self, stop: Stop = never) -> float | None:
+        """The mean square error over all items and levels, None if it was broken off in any process.
+
+        Nothing of training changes, no random state either. stop: is asked between batches, but for processes that need
+        one another for each.
+        """
         transformer, device = self.objective.transformer, self.team.device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        stop = never if self.team.together else stop
+        total, stopped = torch.zeros(2, dtype=torch.float64, device=device), False
         with evaluating(transformer), self.weights(), torch.no_grad():
             for asked in prepared(self._passes(), transformer, self.objective.guidance, device):
+                if stopped := stop():
+                    break
                 losses = self.objective.losses(asked)
                 seen = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
                 total += asked.example.share * seen
-        summed, count = self.team.sum(total).tolist()
-        return summed / count
+        summed, count, broken = self.team.sum(torch.cat([total, total.new_full((1,), stopped)])).tolist()
+        return None if broken else summed / count
 
     def _passes(self) -> Iterator[Pass]:
         """This process' batches with their noise, each at all levels. Processes that share a model take as many."""

@@ -1,11 +1,15 @@
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kontext.cli import main
+from kontext.generation.pipeline import Kontext
 from kontext.training.history import read_history
+from kontext.training.objective import Objective
 from tests.commands.test_train import words
 from tests.training.dataset import Cached, cached_dataset
 
@@ -72,6 +76,49 @@ def test_validation_changes_no_byte_and_keeps_the_best(
 
 def _bytes(folder: Path) -> bytes:
     return (folder / "state.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["validation", "samples"])
+def test_a_signal_breaks_off_what_takes_long_and_a_run_that_goes_on_makes_up_for_it(
+    what: str,
+    held_out: Cached,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The grace that a machine gives before it is taken away is shorter than either; no state was asked for."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("make it red --w 64 --h 64 --s 3")
+    every = ["--validate-every-n-steps", "2", "--sample-every-n-steps", "2", "--sample-prompts", str(prompts)]
+    settings, broken, whole = ["--max-train-steps", "5", *every], tmp_path / "broken", tmp_path / "whole"
+    place, name = {"validation": (Objective, "losses"), "samples": (Kontext, "denoise")}[what]
+    function, calls = getattr(place, name), []
+
+    def signalling(*given: Any, **named: Any) -> Any:
+        calls.append(None)
+        if len(calls) == (18 if what == "validation" else 2):  # 2 steps, 3 batches at 4 levels, 2 steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, signalling)
+        assert main(words(held_out, broken, *settings)) == 130
+    shown = capsys.readouterr().err
+    assert f"The {what} after step 4 {'is' if what == 'validation' else 'are'} broken off" in shown
+    assert len(list(broken.glob("edit-step00000004-state"))) == 1
+    assert main(words(held_out, broken, *settings, "--resume", "auto")) == 0
+    assert main(words(held_out, whole, *settings)) == 0
+    for file in ("edit.safetensors", "edit-best.safetensors"):
+        assert (broken / file).read_bytes() == (whole / file).read_bytes()
+    histories = [read_history(folder / "edit.history.jsonl") for folder in (broken, whole)]
+    assert histories[0].validation == histories[1].validation
+    assert (
+        [each.step for each in histories[0].samples] == [each.step for each in histories[1].samples] == [2, 4]
+    )
+    grids = [
+        [path.read_bytes() for path in sorted(each.glob("sample/*grid.png"))] for each in (broken, whole)
+    ]
+    assert grids[0] == grids[1] and len(grids[0]) == 2
 
 
 def test_the_logs_have_it(held_out: Cached, tmp_path: Path) -> None:

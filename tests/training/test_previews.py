@@ -1,6 +1,8 @@
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from PIL import Image
 
@@ -41,26 +43,59 @@ def test_grid_puts_references_before_the_sample() -> None:
     assert sheet.getpixel((GAP + 40 + 2, GAP + 10)) == (255, 255, 255)
 
 
-def test_a_schedule_free_run_is_sampled_with_its_average(tmp_path: Path) -> None:
-    run = Run(steps=4, optimizer="adamwschedulefree").go()
-    parameters = list(run.parameters.values())
-    drawn_with: list[dict[str, torch.Tensor]] = []
+def previews(run: Run, folder: Path, denoise: Callable[..., None], rhythm: Rhythm | None = None) -> Previews:
+    """Of two samples, with `denoise` in the place of the pipeline's."""
     request = Request("", seed=1)
     sample = Sample(
         request, (), SimpleNamespace(framed=SimpleNamespace(request=request, width=16, height=16))
     )
     kontext = SimpleNamespace(
-        transformer=lambda: run.transformer, denoise=lambda conditioned: drawn_with.append(run.weights()),
-        autoencoder=lambda: torch.nn.Identity(), finish=lambda framed, latent: Image.new("RGB", (16, 16)),
-        runtime=SimpleNamespace(device="cpu"),
+        transformer=lambda: run.transformer, denoise=denoise, autoencoder=lambda: torch.nn.Identity(),
+        finish=lambda framed, latent: Image.new("RGB", (16, 16)), runtime=SimpleNamespace(device="cpu"),
     )  # fmt: skip
-    Previews(
-        kontext, [sample], plan=PLAN, rhythm=Rhythm(), weights=lambda: evaluation_weights(run.optimizer, parameters),
-        team=run.team, names=Names(tmp_path, "a"), drawn=lambda *_: None,
-    ).draw("000004", 4)  # fmt: skip
+    parameters = list(run.parameters.values())
+    return Previews(
+        kontext, [sample, sample], plan=PLAN, rhythm=rhythm or Rhythm(), team=run.team, names=Names(folder, "a"),
+        weights=lambda: evaluation_weights(run.optimizer, parameters), drawn=lambda *_: None,
+    )  # fmt: skip
+
+
+def test_samples_are_broken_off_when_the_run_is_to_end_and_drawn_when_it_goes_on(tmp_path: Path) -> None:
+    """Between two steps of a picture, with the weights in training back in their places."""
+    run = Run(steps=4, optimizer="adamwschedulefree").go()
+    weights, steps = run.weights(), []
+
+    def denoise(conditioned: SimpleNamespace, on_step: Callable[[int, None], None]) -> None:
+        for step in range(20):
+            steps.append(step)
+            on_step(step, None)
+
+    drawing = previews(run, tmp_path, denoise, Rhythm(at_first=True, every_steps=4))
+    run.transformer.train()
+    assert not drawing.draw("000004", 4, lambda: len(steps) == 25)
+    assert len(steps) == 25 and run.transformer.training and not (tmp_path / "sample").exists()
+    assert all(torch.equal(run.weights()[name], weight) for name, weight in weights.items())
+    with pytest.raises(KeyboardInterrupt):
+        drawing.begin(4, lambda: True)
+    drawing.begin(3)
+    assert not (tmp_path / "sample").exists(), "none were due"
+    drawing.begin(4)
+    assert [path.name for path in tmp_path.glob("sample/*grid*")] == ["a_000004_grid.png"]
+    steps.clear()
+    drawing.begin(4)
+    assert not steps, "they lie there"
+    drawing.begin(0)
+    assert (tmp_path / "sample" / "a_000000_grid.png").exists()
+
+
+def test_a_schedule_free_run_is_sampled_with_its_average(tmp_path: Path) -> None:
+    run = Run(steps=4, optimizer="adamwschedulefree").go()
+    parameters = list(run.parameters.values())
+    drawn_with: list[dict[str, torch.Tensor]] = []
+    previews(run, tmp_path, lambda conditioned, watch: drawn_with.append(run.weights())).draw("000004", 4)
     with evaluation_weights(run.optimizer, parameters):
         expected = run.weights()
-    (found,) = drawn_with
+    found, _ = drawn_with
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not all(torch.equal(found[name], value) for name, value in run.weights().items())
 

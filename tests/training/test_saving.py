@@ -72,14 +72,14 @@ def test_one_state_where_a_step_and_an_epoch_coincide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rules", [SaveRules(), SaveRules(with_state=True), SaveRules(state_at_end=True)])
-def test_an_interrupt_saves_a_state_if_wanted(tmp_path: Path, rules: SaveRules) -> None:
+def test_an_interrupt_saves_a_state(tmp_path: Path, rules: SaveRules) -> None:
     written = []
     saver = Saver(
         Names(tmp_path, "a"), rules, PLAN, write_adapter=lambda path, done: None,
         write_state=lambda path, done: written.append((path.name, done)), later=lambda job: job(),
     )  # fmt: skip
     saver.interrupted(7)
-    assert written == ([] if rules == SaveRules() else [("a-step00000007-state", 7)])
+    assert written == [("a-step00000007-state", 7)]
 
 
 def test_what_a_killed_run_has_left_is_cleared_up(tmp_path: Path) -> None:

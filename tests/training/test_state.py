@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,10 @@ class Odd(torch.optim.SGD):
         }
 
 
-def write(folder: Path, step: int = 5, value: float = 1.0) -> Odd:
+def write(folder: Path, step: int = 5, value: float = 1.0, rate: float = 0.1) -> Odd:
     parameter = nn.Parameter(torch.full((2, 3), value))
     optimizer = Odd([parameter])
-    progress = Progress(step, {"rate": 0.1, "names": ["a"]}, {"scale": 2.0}, {"total": 0.5})
+    progress = Progress(step, {"rate": rate, "names": ["a"]}, {"scale": 2.0}, {"total": 0.5})
     save_state(folder, progress=progress, parameters={"x": parameter}, optimizer=optimizer)
     return optimizer
 
@@ -98,6 +99,17 @@ def test_the_furthest_complete_state_of_this_run_is_found(tmp_path: Path) -> Non
     torn.write_bytes(torn.read_bytes()[:-5])
     write(Names(tmp_path, "a[1]-other").at_step(50, STATE), 50)
     assert latest_state(names.states()) == names.at_epoch(3, STATE)
+
+
+def test_states_of_an_earlier_run_of_the_name_do_not_count(tmp_path: Path) -> None:
+    """It had other settings and came further; copying has mixed the times of those of the last one up."""
+    names = Names(tmp_path, "a")
+    for order, (step, rate) in enumerate([(12, 0.1), (40, 0.1), (8, 0.2), (4, 0.2)]):
+        write(names.at_step(step, STATE), step, rate=rate)
+        os.utime(names.at_step(step, STATE) / FILE, (1000 + order, 1000 + order))
+    write(names.final(STATE), 50)
+    os.utime(names.final(STATE) / FILE, (1000, 1000))
+    assert latest_state(names.states()) == names.at_step(8, STATE)
 
 
 def test_changed_settings_survive_json() -> None:

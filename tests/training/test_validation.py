@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kontext.data.batches import Batch
+from kontext.training.loop import Outcome
 from kontext.training.network import Network
 from kontext.training.plan import Plan
 from kontext.training.seeds import draw_noise
@@ -127,7 +128,8 @@ def test_processes_share_the_batches(size: int, together: bool) -> None:
         passes.append(len(list(part._passes())))
         with pytest.raises(AttributeError):  # what is summed is what this test is after
             part.loss()
-    total, count = sum(parts).tolist()
+    total, count, stopped = sum(parts).tolist()
+    assert not stopped
     assert count == 6 * len(LEVELS) and total / count == pytest.approx(whole)
     assert (len(set(passes)) == 1) == (together or size == 2)
 
@@ -136,9 +138,25 @@ def test_the_best_adapter_is_written_when_it_is_better() -> None:
     run, written = Run(steps=5), []
     judge = validation(run, [], every=Every(steps=1), written=written, best=3.0)
     losses = iter([4.0, 2.0, float("nan"), 2.5, 1.0])
-    judge.loss = lambda: next(losses)  # type: ignore[method-assign]
+    judge.loss = lambda stop: next(losses)  # type: ignore[method-assign]
     run.go(listeners=[judge])
     assert written == [2, 5] and judge.best == 1.0
+
+
+def test_a_run_that_is_to_end_breaks_it_off_and_makes_up_for_it() -> None:
+    run, told, written = Run(steps=2).go(), [], []
+    judge, asked = validation(run, told, written=written), []
+
+    def third() -> bool:
+        asked.append(None)
+        return len(asked) == 3
+
+    judge(Outcome(1, torch.zeros(()), torch.zeros(()), (), ()), third)
+    assert judge.broken_off and len(asked) == 3 and not told and not written and judge.best is None
+    with pytest.raises(KeyboardInterrupt):
+        judge.begin(2, lambda: True)
+    judge.begin(2)
+    assert told == [(2, validation(run, []).loss())] and written == [2] and not judge.broken_off
 
 
 @pytest.mark.parametrize(
