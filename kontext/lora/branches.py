@@ -41,14 +41,21 @@ class Branched(nn.Module):
         strengths = [strength.at(self.block) for strength in self.strengths]
         for delta, adapter in self.weights:
             if strengths[adapter]:
-                out[..., _rows(delta)] += strengths[adapter] * self._change(delta, x)
+                self._add(delta, x, strengths[adapter], out[..., _rows(delta)])
         for delta, adapter in self.biases:
             out[..., _rows(delta)] += strengths[adapter] * delta.change.dense(x).to(x.dtype)
         return out
 
-    def _change(self, delta: Delta, x: Tensor) -> Tensor:
+    def _add(self, delta: Delta, x: Tensor, strength: float, out: Tensor) -> None:
+        """out += strength * dW x, in one pass over it: through the factors of a LoRA no tensor of its size is made."""
+        if isinstance(delta.change, LowRank):
+            delta.change.add_product(x, strength, out)
+        else:
+            out.add_(self._product(delta, x), alpha=strength)
+
+    def _product(self, delta: Delta, x: Tensor) -> Tensor:
         """dW x: through the factors where that is exact and cheap, else with dW made for this call."""
-        if isinstance(delta.change, LowRank | Kronecker):
+        if isinstance(delta.change, Kronecker):
             return delta.change.apply(x)
         weight = self.base.weight
         if delta.change.needs_base:

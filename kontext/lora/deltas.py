@@ -55,9 +55,10 @@ class LowRank:
         """base += strength * dW, without a second tensor of that size."""
         base.addmm_(_float(self.up, base), _float(self.down, base), alpha=strength * self.scale)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """dW x, in x's dtype, through the narrow middle."""
-        return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
+    def add_product(self, x: Tensor, strength: float, out: Tensor) -> None:
+        """out += strength * dW x for x (..., in) and out (..., out), the channels of one tensor or some of a wider one."""
+        hidden = F.linear(x.flatten(0, -2), self.down.to(x))
+        out.view(-1, out.shape[-1]).addmm_(hidden, self.up.to(x).t(), alpha=strength * self.scale)
 
 
 @dataclass(frozen=True, eq=False)

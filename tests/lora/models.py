@@ -1,7 +1,9 @@
 """A small transformer of ours and its configuration, for the tests of this package."""
 
 import torch
+from torch import Tensor
 
+from kontext.lora.deltas import LowRank
 from kontext.model.transformer import FLUX, Transformer, TransformerConfig
 from tests import tiny
 
@@ -32,3 +34,10 @@ def meta_transformer(config: TransformerConfig = FLUX) -> Transformer:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def product(change: LowRank, x: Tensor) -> Tensor:
+    """dW x of a vector (in,)."""
+    out = torch.zeros(1, change.shape[0])
+    change.add_product(x[None], 1.0, out)
+    return out[0]

@@ -5,14 +5,16 @@ import torch
 
 from kontext.checkpoints import load_transformer
 from kontext.errors import UserError
-from kontext.lora.branches import attach_adapters
+from kontext.lora.branches import Branched, attach_adapters
 from kontext.lora.deltas import Change, Decomposed, Delta, Difference, Hadamard, Kronecker, LowRank, Target
 from kontext.lora.files import AdapterFile, save_lora
 from kontext.lora.merge import merging
+from kontext.lora.strength import Strength
 from kontext.quant import dequantise, quantise
 from tests.lora.models import CONFIG, relative_error
 from tests.lora.reference import read
 from tests.lora.test_merge import adapted, velocity
+from tests.memory.live import Calls
 
 
 def random_changes() -> list[Delta]:
@@ -109,6 +111,28 @@ def test_merging_before_rounding_would_bury_an_adapter(mode, times):
     change *= 0.01 * weight.norm() / change.norm()
     noise = rounded(weight + change) - rounded(weight) - change
     assert noise.norm() > times * change.norm()
+
+
+@torch.no_grad()
+def test_a_lora_beside_a_weight_takes_one_pass_over_the_output():
+    torch.manual_seed(0)
+    name = "linear.weight"
+    changes = [LowRank(torch.randn(4, 32), torch.randn(rows, 4), 0.5) for rows in (96, 64)]
+    deltas = [
+        Delta(Target(name, start, stop), change, name)
+        for change, start, stop in zip(changes, (0, 32), (96, 96), strict=True)
+    ]
+    branched = Branched(torch.nn.Linear(32, 96), [Strength(0.7)])
+    x = torch.randn(2, 8, 32)
+    base = branched(x)
+    branched.weights = [(delta, 0) for delta in deltas]
+    with Calls() as calls:
+        found = branched(x)
+    expected = base.clone()
+    for delta in deltas:
+        expected[..., delta.target.start :] += 0.7 * x @ delta.change.dense(x).T
+    assert relative_error(found, expected) < 1e-6
+    assert calls["mul"] + calls["add_"] + calls["copy_"] == 0 and calls["addmm_"] == 2
 
 
 def test_norms_cannot_be_attached(tiny_files):
