@@ -116,7 +116,8 @@ class Trained:
     def parts(self) -> tuple[Part, ...]:
         """What is there all the time."""
         name = "trained weights" if self.replaces else "adapter"
-        return Part(name, (2 if self.averaged else 1) * self.nbytes), Part("optimizer", self.optimizer)
+        average = self.parameters * FLOAT32 if self.averaged else 0
+        return Part(name, self.nbytes + average), Part("optimizer", self.optimizer)
 
 
 def weight_parts(placed: Placed) -> tuple[Part, ...]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from kontext.training.loop import Outcome
 from kontext.training.names import ADAPTER, AVERAGE
 
+PRECISION = torch.float32
+
 
 def beside(path: Path) -> Path:
     """The file or folder of the average that belongs to a file or folder of weights."""
@@ -25,20 +27,28 @@ def decay_at(limit: float, done: int) -> float:
 
 
 class Average:
-    """Listens to the loop: mean <- decay * mean + (1 - decay) * weights after every step, in the weights' precision.
+    """Listens to the loop: mean <- decay * mean + (1 - decay) * weights after every step.
 
-    values: the mean of each parameter by its name. It is part of a run's state.
+    values: the mean of each parameter by its name. It is part of a run's state. It is float32 where the weights are
+    bfloat16, in which it would stand still: what a step adds is rounded away.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = parameters
         self.decay = decay
-        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.values = {
+            name: parameter.detach().to(PRECISION, copy=True) for name, parameter in parameters.items()
+        }
 
     def __call__(self, outcome: Outcome) -> None:
         share = 1 - decay_at(self.decay, outcome.step + 1)
+        means, weights = list(self.values.values()), list(self.parameters.values())
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), share)
+            if weights[0].dtype == PRECISION:
+                torch._foreach_lerp_(means, weights, share)
+                return
+            for mean, weight in zip(means, weights, strict=True):  # float32 copies of all would not fit
+                mean.lerp_(weight.to(PRECISION), share)
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Goes on from a saved mean; from the parameters as they are if the saved run had none."""

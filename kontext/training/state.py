@@ -183,8 +183,21 @@ def load_state(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    optimizer.load_state_dict(_restore(structure, tensors))
+    _load_optimizer(optimizer, _restore(structure, tensors))
     return _under("average.", tensors)
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """As its own method does, but in the precision that was saved: torch takes that of the parameters instead, which for
+    bfloat16 weights may be less than the optimizer keeps.
+    """
+    optimizer.load_state_dict(saved)
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(members):
+        kept = optimizer.state[parameter] if parameter in optimizer.state else {}
+        for key, value in saved["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.dtype != kept[key].dtype:
+                kept[key] = value.to(kept[key].device)
 
 
 def check_network(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:

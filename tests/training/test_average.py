@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -29,6 +30,19 @@ def test_the_weights_come_back_bit_for_bit() -> None:
     with average.weights():
         assert parameter.tolist() == [3.0, 3.0]
     assert torch.equal(parameter, before)
+
+
+def test_the_mean_of_bfloat16_weights_moves_by_less_than_they_can() -> None:
+    """After many steps at 2 the mean has left 1 as in float32; one kept in bfloat16 stands still at 1."""
+    parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
+    average = Average({"x": parameter}, 0.999)
+    parameter.data.fill_(2.0)
+    for step in range(20_000, 20_100):
+        average(after(step))
+    torch.testing.assert_close(average.values["x"], torch.tensor([2 - 0.999**100]))
+    with average.weights():
+        assert parameter.dtype == torch.bfloat16 and parameter.item() == pytest.approx(2 - 0.999**100, rel=4e-3)
+    assert parameter.item() == 2
 
 
 def test_a_run_without_average_is_gone_on_from_its_weights() -> None:

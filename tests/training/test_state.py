@@ -9,6 +9,7 @@ from torch import nn
 
 from kontext.errors import UserError
 from kontext.training.names import STATE, Names
+from kontext.training.optimizers import make_optimizer
 from kontext.training.state import (
     FILE,
     Progress,
@@ -41,6 +42,34 @@ def write(folder: Path, step: int = 5, value: float = 1.0, rate: float = 0.1) ->
     progress = Progress(step, {"rate": rate, "names": ["a"]}, {"scale": 2.0}, {"total": 0.5})
     save_state(folder, progress=progress, parameters={"x": parameter}, optimizer=optimizer)
     return optimizer
+
+
+@pytest.mark.parametrize(
+    "name", ["adafactor", "adamw", "adamw8bit", "lion8bit", "prodigy", "adamwschedulefree", "sgd"]
+)
+def test_an_optimizer_goes_on_with_weights_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """Adafactor keeps float32 beside them, which torch would bring down to bfloat16 as it loads it."""
+
+    def begun() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        parameter = nn.Parameter(torch.linspace(-1, 1, 64 * 64).view(64, 64).bfloat16())
+        return parameter, make_optimizer(name, [{"params": [parameter], "lr": 1e-2}], arguments={})
+
+    def go(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            noise = torch.Generator().manual_seed(step)
+            parameter.grad = torch.randn(64, 64, generator=noise).bfloat16()
+            optimizer.step()
+
+    whole, optimizer = begun()
+    go(whole, optimizer, range(3))
+    save_state(tmp_path, progress=Progress(3, {}), parameters={"x": whole}, optimizer=optimizer)
+    resumed, other = begun()
+    load_state(tmp_path, parameters={"x": resumed}, optimizer=other)
+    go(whole, optimizer, range(3, 8))
+    go(resumed, other, range(3, 8))
+    assert torch.equal(resumed, whole)
+    for key, value in optimizer.state[whole].items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(other.state[resumed][key], value), key
 
 
 def test_round_trip(tmp_path: Path) -> None:
