@@ -92,7 +92,7 @@ class Updates:
         """One optimizer step; the norm that the gradients had before clipping (max_norm 0: no clipping)."""
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.parameters.values())
-        norm = team.norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = team.norm([parameter.grad for parameter in parameters])
         nn.utils.clip_grads_with_norm_(parameters, self.max_norm or float("inf"), norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -147,7 +147,9 @@ def gradients(objective: Objective, asked: Pass, scaler: GradScaler, seed: int) 
     example = asked.example
     seed_dropout(seed_of("dropout", seed, example.epoch, example.index), example.noise.device)
     losses = objective.losses(asked) * (example.share / len(asked.t))
-    scaler.scale(losses.sum()).backward()
+    total = scaler.scale(losses.sum())
+    if total.requires_grad:  # not when dropout skips all adapters
+        total.backward()
     return Seen(example.batch.keys, asked.t, losses.detach(), example.share)
 
 

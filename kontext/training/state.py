@@ -194,7 +194,7 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict(saved)
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(members):
-        kept = optimizer.state[parameter] if parameter in optimizer.state else {}
+        kept = optimizer.state.get(parameter, {})
         for key, value in saved["state"].get(number, {}).items():
             if isinstance(value, Tensor) and value.dtype != kept[key].dtype:
                 kept[key] = value.to(kept[key].device)

@@ -66,13 +66,18 @@ class Team:
         return use()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every process gets the sum of all gradients; one without a batch in this step adds zeros."""
+        """Every process gets the sum of all gradients.
+
+        What took no part in this step (all of a process without a batch, an adapter that dropout skips) has zeros, with
+        one process too: an optimizer passes over what has none, and would do otherwise with another number of processes.
+        """
+        everything = list(parameters)
+        for parameter in everything:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self.size == 1:
             return
-        for bucket in _buckets(parameters):
-            for parameter in bucket:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(everything):
             flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in bucket]))
             sums = flat.split([parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, sums, strict=True):

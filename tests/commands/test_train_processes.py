@@ -23,7 +23,7 @@ from tests.training.dataset import Cached
 EPOCHS = 2
 BATCHES = 3  # an epoch, of at most two of the five items: the first process takes two of them
 PROMPTS = ["make it red", "remove it", "make it blue"]
-SETTINGS = f"--max-train-epochs {EPOCHS} --network-dropout 0.1"
+SETTINGS = f"--max-train-epochs {EPOCHS} --network-dropout 0.1 --network-args module_dropout=0.4"
 
 
 def prompts(folder: Path, cached: Cached) -> str:

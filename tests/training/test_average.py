@@ -41,7 +41,9 @@ def test_the_mean_of_bfloat16_weights_moves_by_less_than_they_can() -> None:
         average(after(step))
     torch.testing.assert_close(average.values["x"], torch.tensor([2 - 0.999**100]))
     with average.weights():
-        assert parameter.dtype == torch.bfloat16 and parameter.item() == pytest.approx(2 - 0.999**100, rel=4e-3)
+        assert parameter.dtype == torch.bfloat16 and parameter.item() == pytest.approx(
+            2 - 0.999**100, rel=4e-3
+        )
     assert parameter.item() == 2
 
 

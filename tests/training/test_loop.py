@@ -127,6 +127,18 @@ class _Recorder:
         assert set_to_none
 
 
+def test_a_step_in_which_dropout_skips_every_adapter() -> None:
+    """It has nothing to learn from: the momentum of the steps before goes on, and nothing breaks."""
+    skipping = Network(
+        rank=4, alpha=4, exclude_patterns=(".*",), include_patterns=(r".*linear2",), module_dropout=0.5
+    )
+    run = Run(steps=12, network=skipping)
+    norms: list[float] = []
+    run.go(listeners=[lambda outcome: norms.append(outcome.norm.item())])
+    assert min(norms) == 0 < max(norms)
+    assert len(run.losses) == 12 and all(run.losses)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_recomputing_changes_nothing(offload: bool) -> None:
     plain = Run(steps=4, network=DROPPING).go()
