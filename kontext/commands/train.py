@@ -53,6 +53,7 @@ def run(options: Train) -> None:
     names = train_whole.names(options)
     network = train_network.network(options)
     train_early.check_writable(options.output_dir, "--output-dir")
+    train_early.check_places(names)
     start = _start(train_hub.fetched_state(options), names)
     team = values.team(options)
     seed = team.gather(_seed(options.seed, start))[0]

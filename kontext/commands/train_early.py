@@ -15,8 +15,10 @@ from kontext.options.train import Train
 from kontext.timesteps import distribution
 from kontext.training.arguments import parse_arguments
 from kontext.training.footprint import optimizer_bytes
+from kontext.training.names import Names
 from kontext.training.network import Network
 from kontext.training.optimizers import class_of
+from kontext.training.previews import FOLDER
 
 TRIED = (8, 8)  # the shape of a parameter that the optimizer takes a step with
 
@@ -41,6 +43,28 @@ def check_writable(folder: Path, option: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot be written to ({error.strerror}).") from error
+
+
+def check_places(names: Names) -> None:
+    """Raises UserError where something else lies in a place of the run's files: the end of the run is too late for that,
+    and a folder of weights would take the place of a folder of anything.
+    """
+    final, samples = names.final(), names.folder / FOLDER
+    if samples.exists() and not samples.is_dir():
+        raise UserError(f"{samples} is a file, where the folder of sample pictures goes: move it away.")
+    if not final.exists() or final.is_dir() == (names.weights == "") and _holds_weights_alone(final):
+        return
+    what = "a folder with other things in it" if names.weights == "" and final.is_dir() else "something else"
+    raise UserError(
+        f"{final} is {what}, and what is trained would take its place: give another --output-name or --output-dir."
+    )
+
+
+def _holds_weights_alone(path: Path) -> bool:
+    """Whether a folder is empty or that of a checkpoint; files are what they are."""
+    inside = list(path.iterdir()) if path.is_dir() else []
+    kinds = {each.suffix if each.is_file() else "/" for each in inside}
+    return not kinds or {".safetensors"} <= kinds <= {".safetensors", ".json"}
 
 
 def _check_adapters(options: Train) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import TinyFiles
+from tests.training import whole
 from tests.training.command import train
 from tests.training.dataset import Cached
 
@@ -58,3 +60,26 @@ def test_prompts_of_which_none_is_drawn(
     assert train(cached, tmp_path / "out", f"--max-train-steps 1 --sample-prompts {prompts}") == 0
     told = capsys.readouterr().err
     assert "--sample-prompts: no sample is drawn without" in told and "Encoding" not in told
+
+
+def test_what_lies_in_the_place_of_the_files_of_a_run(
+    cached: Cached, tiny_files: TinyFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of weights would be deleted with all that is in it for a new one, at the end of the run."""
+    (tmp_path / "a" / "edit.safetensors").mkdir(parents=True)
+    assert train(cached, tmp_path / "a", "--dry-run") == 2
+    assert "edit.safetensors is something else" in capsys.readouterr().err
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "sample").touch()
+    assert train(cached, tmp_path / "b", "--dry-run") == 2
+    assert "sample is a file" in capsys.readouterr().err
+
+    folder = whole.on(cached, tiny_files, tiny_files.dit_sharded)
+    thesis = tmp_path / "c" / "edit" / "thesis.pdf"
+    thesis.parent.mkdir(parents=True)
+    thesis.touch()
+    assert whole.train(folder, tmp_path / "c", "--max-train-steps 1") == 2
+    assert "edit is a folder with other things in it" in capsys.readouterr().err and thesis.exists()
+    thesis.unlink()
+    for _ in range(2):  # into an empty folder, and over what the run before has written
+        assert whole.train(folder, tmp_path / "c", "--max-train-steps 1") == 0
