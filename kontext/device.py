@@ -13,7 +13,8 @@ from kontext.processes import local_rank
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> the device. Raises UserError when that GPU is not there.
 
-    Of several processes on a machine each takes a GPU of its own.
+    Of several processes on a machine each takes a GPU of its own, and uses no other: what goes to CUDA without a
+    number, page-locked memory too, would take half a gigabyte of the first one.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +30,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: there is no {device}; there are {torch.cuda.device_count()} GPUs, counted from cuda:0."
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -115,10 +115,11 @@ def fits(run: Run, device: torch.device) -> bool:
     """Whether a run finds the memory that it wants."""
     try:
         run()
+        return True
     except torch.OutOfMemoryError:
-        clear(device)
-        return False
-    return True
+        pass
+    clear(device)  # behind the handler: within it the error still holds what the run had
+    return False
 
 
 @contextmanager
@@ -128,12 +129,13 @@ def small_card(gigabytes: float, device: torch.device) -> Iterator[None]:
         yield
         return
     clear(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget(gigabytes) / total), device)
+    number = torch.cuda.current_device() if device.index is None else device.index  # a share is of a number
+    total = torch.cuda.get_device_properties(number).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget(gigabytes) / total), number)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, number)
         clear(device)
 
 

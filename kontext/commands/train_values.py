@@ -48,8 +48,6 @@ def precision(options: Train) -> str:
 def team(options: Train) -> Team:
     """The processes of this run. Raises UserError for a missing GPU or logging package."""
     device = resolve_device(options.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # see `training.split`: accelerate is not to do it
         accelerator = Accelerator(
             cpu=device.type == "cpu",

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from kontext.checkpoints import load_transformer, open_source, transformer_config
 from kontext.checkpoints.transformer import rope_axes
 from kontext.errors import UserError
-from kontext.quant import FP8, ProductLinear, QuantisedLinear
+from kontext.quant import FP8, ProductLinear, QuantisedLinear, values
 from tests import bfl_names, tiny
 from tests.compare import relative_error
 
@@ -124,7 +124,8 @@ def test_what_is_quantised(tiny_files, mode, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", MODES)
-def test_a_gpu_holds_one_tensor_beside(tmp_path, mode):
+def test_a_gpu_holds_one_tensor_beside(tmp_path, mode, monkeypatch):
+    monkeypatch.setattr(values, "CHUNK", 2**18)  # weights of this model are smaller than what is rounded at a time
     state = tiny.make_transformer(seed=0, width=512, blocks=6).state_dict()
     save_file(bfl_names.bfl_transformer(state, 6, 6), tmp_path / "dit.safetensors")
     torch.cuda.reset_peak_memory_stats()

@@ -59,12 +59,8 @@ def test_a_cpu_keeps_its_tensors() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gradients_are_those_without_on_a_gpu() -> None:
     def on_gpu(policy: str) -> list[Tensor]:
-        torch.set_default_device("cuda")
-        try:
-            model = adapted(double=2, single=6)
-            recompute_blocks(model, policy)
-            return gradients(model)
-        finally:
-            torch.set_default_device("cpu")
+        model = adapted(double=2, single=6).cuda()
+        recompute_blocks(model, policy)
+        return gradients(model)
 
     assert all(map(torch.equal, on_gpu("offloaded"), on_gpu("whole")))

@@ -39,7 +39,8 @@ def forward(model: Transformer) -> Tensor:
     text = torch.randn(1, TEXT, CONFIG.context_width, generator=generator)
     vector, t = torch.randn(1, CONFIG.vector_width, generator=generator), torch.tensor([0.5])
     ids = torch.randint(0, 9, (1, IMAGE, 3), generator=generator).float()
-    return model(tokens, ids, text, torch.zeros(1, TEXT, 3), t, vector, t)
+    inputs = tokens, ids, text, torch.zeros(1, TEXT, 3), t, vector, t
+    return model(*(tensor.to(model.img_in.weight.device) for tensor in inputs))
 
 
 def kept(model: Transformer) -> float:
