@@ -2,7 +2,8 @@
 
 A full-size transformer with random weights is made on the card, in our class and in diffusers', which share them. Rows
 run in the order of their worth, each within a time limit of its own; a row that fails is written down and the next
-begins. After every line `gpu.json` and `gpu.md` in --out are complete: a run that is killed keeps what it has.
+begins. After every line `gpu.json` and `gpu.md` in --out are complete: a run that is killed keeps what it has, and the
+next one with the same --out goes on with the rows that are not done. Rows that are named are measured anew.
 
 Needs diffusers, transformers and peft beside kontext, and 60 GB of memory on the card.
 
@@ -17,11 +18,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 
 import diffusers
+import gpu_encoders
 import gpu_memory
 import gpu_speed
 import torch
@@ -32,6 +34,7 @@ from giants import TINY
 from kontext.model.transformer import FLUX
 
 Row = Callable[[Bench], Iterator[Line]]
+JSON = "gpu.json"
 
 ROWS: dict[str, tuple[Row, float]] = {
     "rates": (gpu_speed.rates, 1),
@@ -43,11 +46,12 @@ ROWS: dict[str, tuple[Row, float]] = {
     "cards": (gpu_memory.cards, 7),
     "fp8-training": (gpu_speed.eight_bit_training, 4),
     "streaming": (gpu_memory.streaming, 5),
-    "encoders": (gpu_speed.encoders, 2),
+    "encoders": (gpu_encoders.encoders, 2),
     "loading": (gpu_memory.loading, 3),
 }
 """By name: what is done, and in how many minutes at most."""
 
+ELSEWHERE = "elsewhere"
 NOT_HERE = (
     Line(
         "G3",
@@ -59,8 +63,8 @@ NOT_HERE = (
 )
 
 
-class TooLong(Exception):
-    """A row has used up its time."""
+class TooLong(BaseException):
+    """A row has used up its time. No Exception: compilers catch those, and go on."""
 
 
 @contextmanager
@@ -81,25 +85,58 @@ def within(minutes: float) -> Iterator[None]:
 
 @dataclass
 class Results:
-    """All lines so far, written anew with every one of them."""
+    """The lines of all rows so far, by the row's name, written anew with every one of them."""
 
     folder: Path
     title: str
-    lines: list[Line] = field(default_factory=list)
+    rows: dict[str, list[Line]] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     minutes: dict[str, float] = field(default_factory=dict)
 
-    def add(self, line: Line) -> None:
-        self.lines.append(line)
+    @classmethod
+    def of(cls, folder: Path, title: str) -> "Results":
+        """Those in the folder, or none. Raises ValueError where they are of another card, other versions or sizes."""
+        results = cls(folder, title)
+        if not (folder / JSON).is_file():
+            return results
+        found = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        if found["title"] != title:
+            raise ValueError(f"{folder / JSON} is of {found['title']}, and this is {title}")
+        results.faults, results.minutes = found["faults"], found["minutes"]
+        names = {each.name for each in fields(Line)}
+        for line in found["lines"]:
+            own = Line(**{name: value for name, value in line.items() if name in names})
+            results.rows.setdefault(line["part"], []).append(own)
+        return results
+
+    @property
+    def lines(self) -> list[Line]:
+        return [line for lines in self.rows.values() for line in lines]
+
+    def done(self, name: str) -> bool:
+        """Whether a row has been measured to its end."""
+        return name in self.minutes and name not in self.faults
+
+    def begin(self, name: str) -> None:
+        """Forget what was measured of a row, which comes last now."""
+        for known in (self.rows, self.faults, self.minutes):
+            known.pop(name, None)
+
+    def add(self, name: str, line: Line) -> None:
+        self.rows.setdefault(name, []).append(line)
         print(table([line]).splitlines()[-1], flush=True)
         self.write()
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [{**asdict(line), "of_limit": line.of_limit} for line in self.lines]
+        lines = [
+            {"part": name, **asdict(line), "of_limit": line.of_limit}
+            for name, lines in self.rows.items()
+            for line in lines
+        ]
         content = {"title": self.title, "lines": lines, "faults": self.faults, "minutes": self.minutes}
         faults = "".join(f"\n\n{name}: {fault.splitlines()[-1]}" for name, fault in self.faults.items())
-        self._replace("gpu.json", json.dumps(content, indent=1))
+        self._replace(JSON, json.dumps(content, indent=1))
         self._replace("gpu.md", f"{self.title}\n\n{table(self.lines)}{faults}\n")
 
     def _replace(self, name: str, text: str) -> None:
@@ -112,10 +149,11 @@ def run_row(name: str, bench: Bench, results: Results, minutes: float) -> None:
     """One row; whatever goes wrong in it is written down."""
     row, limit = ROWS[name]
     start = time.monotonic()
+    results.begin(name)
     try:
         with within(min(limit, minutes)):
             for line in row(bench):
-                results.add(line)
+                results.add(name, line)
     except (Exception, TooLong):
         results.faults[name] = traceback.format_exc()
         print(f"{name} failed:\n{results.faults[name]}", flush=True)
@@ -165,15 +203,20 @@ def main(arguments: list[str] | None = None) -> Results:
         parser.error("there is no GPU: --quick runs at tiny sizes on the CPU")
     deadline = time.monotonic() + 60 * options.minutes
     bench = bench_of(options)
-    results = Results(options.out, title_of(bench))
-    for name in ROWS if "all" in options.rows else options.rows:
+    try:
+        results = Results.of(options.out, title_of(bench))
+    except ValueError as error:
+        parser.error(f"{error}: give another --out")
+    whole = "all" in options.rows
+    for name in [name for name in ROWS if not results.done(name)] if whole else options.rows:
         left = (deadline - time.monotonic()) / 60
         if left < 0.1:
-            results.faults[name] = "no time was left"
+            results.faults.setdefault(name, "no time was left")
             continue
         run_row(name, bench, results, left)
+    results.begin(ELSEWHERE)
     for line in NOT_HERE:
-        results.add(line)
+        results.add(ELSEWHERE, line)
     return results
 
 

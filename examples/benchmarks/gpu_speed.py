@@ -1,11 +1,10 @@
-"""Rows of the GPU benchmark about time: generation, LoRA training, 8 bits, the encoders, the profiler."""
+"""Rows of the GPU benchmark about time: generation, LoRA training, 8 bits, the profiler."""
 
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
-from autoencoders import diffusers_autoencoder
 from bench import Bench, Line
 from card import Run, Sizes, clear, fits, peak, seconds
 from diffusers import FluxTransformer2DModel
@@ -16,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from train import TARGETS, our_optimizer, peer_optimizer, step_of, trainable
 
 from kontext.compiling import compile_blocks
+from kontext.errors import UserError
 from kontext.memory.choice import operations
 from kontext.memory.estimate import Work
 from kontext.memory.policies import Policy
-from kontext.model.autoencoder import Autoencoder, AutoencoderConfig
 from kontext.model.latents import pack
 from kontext.model.transformer import Transformer
 
@@ -46,7 +45,7 @@ def generation(bench: Bench) -> Iterator[Line]:
     eager = paired(step, peer, rounds=bench.rounds)
     most = peak(step, bench.device)
     note = f"outputs differ by {error:.1e}; peak with both models' shared weights"
-    yield _compared(
+    yield compared(
         "G1 G2",
         f"step, {bench.what()}, eager, against diffusers eager",
         eager,
@@ -69,11 +68,11 @@ def _compiled(
     cold = _once(peer)
     yield Line("G2", "first step of diffusers after compile_repeated_blocks", cold, limit=before)
     against = paired(step, peer, rounds=bench.rounds)
-    yield _compared("G2", "step, eager, against diffusers compiled", against, limit, "1.0 times")
+    yield compared("G2", "step, eager, against diffusers compiled", against, limit, "1.0 times")
     compile_blocks(mine, bench.device)
     yield Line("G2", "our first step after compiling every class of block", _once(step))
     both = paired(step, peer, rounds=bench.rounds)
-    yield _compared("G2", "step, compiled, against diffusers compiled", both, limit, "1.0 times")
+    yield compared("G2", "step, compiled, against diffusers compiled", both, limit, "1.0 times")
 
 
 def training(bench: Bench) -> Iterator[Line]:
@@ -90,7 +89,7 @@ def training(bench: Bench) -> Iterator[Line]:
         result = paired(step, peer_step, rounds=bench.few)
         most = peak(step, bench.device)
         note = f"peer: peft, {dtype} adapter, gradient checkpointing; AdamW on both sides"
-        yield _compared("G6 G7", name, result, limit, "1.7 times; none: 1.3 of limit", most, note)
+        yield compared("G6 G7", name, result, limit, "1.7 times; none: 1.3 of limit", most, note)
         del step
     most = peak(peer_step, bench.device)
     yield Line("G6", "peak of diffusers + peft with gradient checkpointing", most, "GB")
@@ -129,11 +128,11 @@ def eight_bits(bench: Bench) -> Iterator[Line]:
         try:
             step = picture.step(rounded(ours(bench.sizes.config, weights), mode))
             result = paired(step, full, rounds=bench.rounds)
-        except (RuntimeError, ImportError, ValueError) as error:
+        except (RuntimeError, ValueError, UserError) as error:
             yield Line("G4", name, note=f"failed: {error}".splitlines()[0])
             continue
         note = f"differs from the full one by {relative_error(step(), reference):.1e}"
-        yield _compared("G4", name, result, limit if mode == "fp8_fast" else None, aim, note=note)
+        yield compared("G4", name, result, limit if mode == "fp8_fast" else None, aim, note=note)
         del step
 
 
@@ -148,7 +147,7 @@ def eight_bit_training(bench: Bench) -> Iterator[Line]:
             continue
         result = paired(fast, plain, rounds=bench.few)
         name = f"LoRA step, fp8_fast, {bench.what()}, keeps: {policy}, against our own in full"
-        yield _compared("G8", name, result, None, "1.2 times")
+        yield compared("G8", name, result, None, "1.2 times")
     losses = {mode: _losses(bench, weights, setups["whole"], mode) for mode in (None, "fp8_fast")}
     first, last = losses[None][0], sum(losses[None][-10:]) / len(losses[None][-10:])
     fast = sum(losses["fp8_fast"][-10:]) / len(losses["fp8_fast"][-10:])
@@ -160,54 +159,6 @@ def eight_bit_training(bench: Bench) -> Iterator[Line]:
 def _losses(bench: Bench, weights: Weights, setup: Setup, mode: str | None) -> list[float]:
     step = _step(bench, weights, bench.small, setup, mode)
     return [step() for _ in range(bench.steps)]
-
-
-@torch.no_grad()
-def encoders(bench: Bench) -> Iterator[Line]:
-    """G12, without decoding files: the autoencoder and T5 as caching uses them."""
-    edge, width = (1024, 128) if not bench.quick else (64, 32)
-    images = torch.rand(1, 3, edge, edge, device=bench.device) * 2 - 1
-    peer = diffusers_autoencoder(width).to(bench.device)
-    encoding = {}
-    for dtype in (torch.float32, torch.bfloat16) if not bench.quick else (torch.float32,):
-        mine = Autoencoder(AutoencoderConfig(3, width, (1, 2, 4, 4), 2, 16, 0.3611, 0.1159))
-        mine = mine.to(bench.device, dtype).eval()
-        inputs = images.to(dtype)
-        latents = mine.encode(inputs)
-        z = latents.float()
-        name = f"{edge}x{edge}, {str(dtype).removeprefix('torch.')}, against diffusers' default float32"
-        encode = paired(
-            lambda m=mine, x=inputs: m.encode(x), lambda: peer.encode(images), rounds=bench.rounds
-        )
-        most = peak(lambda m=mine, x=inputs: m.encode(x), bench.device)
-        yield _compared("G12", f"autoencoder, encode {name}", encode, None, "", most)
-        decode = paired(
-            lambda m=mine, x=latents: m.decode(x), lambda z=z: peer.decode(z), rounds=bench.rounds
-        )
-        most = peak(lambda m=mine, x=latents: m.decode(x), bench.device)
-        yield _compared("G12", f"autoencoder, decode {name}", decode, None, "", most)
-        encoding[dtype] = min(encode.ours)
-    text = _text_seconds(bench)
-    yield Line("G12", "T5-XXL, 16 captions of 512 tokens", text)
-    pairs = 1 / (2 * min(encoding.values()) + text / 16)
-    yield Line("G12", "pairs with caption a second, of the encoders alone", pairs, "1/s", aim="12 to 20")
-
-
-def _text_seconds(bench: Bench) -> float:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-    config.feed_forward_proj, config.is_gated_act, config.dense_act_fn = "gated-gelu", True, "gelu_new"
-    if bench.quick:
-        config.d_model, config.d_ff, config.num_layers, config.num_heads = 64, 128, 1, 2
-    clear(bench.device)
-    with torch.device("meta"):
-        model = T5EncoderModel(config).to(bench.dtype)
-    model = model.to_empty(device=bench.device).eval()
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    ids = torch.randint(0, 32000, (16, 512 if not bench.quick else 16), device=bench.device)
-    return seconds(lambda: model(input_ids=ids), bench.device, repeats=5)
 
 
 def profiled(bench: Bench) -> Iterator[Line]:
@@ -242,7 +193,7 @@ def _once(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def _compared(
+def compared(
     row: str,
     what: str,
     result: Paired,

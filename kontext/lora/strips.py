@@ -110,9 +110,11 @@ def merge_strip(
     if device.type == "cpu":
         values = desk.take("values", shape, torch.float32).copy_(stored)
     else:
-        values = stored.to(device, torch.float32)
+        values = stored.to(device).float()  # narrow on its way over the bus, and back
     merge_weight(values, here)
     rounded = stored if strip.new.dtype == strip.old.dtype else desk.take("rounded", shape, strip.new.dtype)
+    if device.type != "cpu":
+        values = values.to(rounded.dtype)
     writer.put(strip.new.key, rounded.copy_(values), strip.new_row)
 
 

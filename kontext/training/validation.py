@@ -125,9 +125,8 @@ class Validation:
             for asked in prepared(self._passes(), transformer, self.objective.guidance, device):
                 if stopped := stop():
                     break
-                losses = self.objective.losses(asked)
-                seen = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
-                total += asked.example.share * seen
+                losses = self.objective.losses(asked).double()
+                total += asked.example.share * torch.stack([losses, torch.ones_like(losses)]).sum(1)
         summed, count, broken = self.team.sum(torch.cat([total, total.new_full((1,), stopped)])).tolist()
         return None if broken else summed / count
 

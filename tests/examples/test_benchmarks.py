@@ -75,3 +75,40 @@ def test_a_row_that_fails_or_takes_too_long_ends_nothing(tmp_path: Path, monkeyp
     assert [line.what for line in results.lines if line.row == "A"] == ["first"]
     assert "TooLong" in results.faults["slow"] and "ValueError: no" in results.faults["broken"]
     assert json.loads((tmp_path / "gpu.json").read_text())["lines"][0]["what"] == "first"
+
+
+def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path, monkeypatch) -> None:
+    import gpu
+    from bench import Line
+
+    runs: list[str] = []
+    broken, title = ["B"], ["this card"]
+
+    def row(name: str):
+        def run(_: object):
+            runs.append(name)
+            yield Line(name, "a step", 1.5, limit=1.0)
+            if name in broken:
+                raise ValueError("no")
+
+        return run
+
+    def measured(*words: str) -> list[str]:
+        runs.clear()
+        gpu.main(["--quick", "--out", str(tmp_path), *words])
+        return list(runs)
+
+    monkeypatch.setattr(gpu, "ROWS", {name: (row(name), 1) for name in "ABC"})
+    monkeypatch.setattr(gpu, "bench_of", lambda _: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(gpu, "title_of", lambda _: title[0])
+    assert measured("--rows", "A", "B") == ["A", "B"]
+    assert "ValueError: no" in json.loads((tmp_path / "gpu.json").read_text())["faults"]["B"]
+    broken.clear()
+    assert measured() == ["B", "C"]
+    assert measured("--rows", "A") == ["A"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    lines = [(line["row"], line["of_limit"]) for line in written["lines"] if line["part"] in "ABC"]
+    assert sorted(lines) == [("A", 1.5), ("B", 1.5), ("C", 1.5)] and written["faults"] == {}
+    title[0] = "another card"
+    with pytest.raises(SystemExit):
+        measured()
