@@ -125,7 +125,9 @@ def test_what_is_quantised(tiny_files, mode, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_gpu_holds_one_tensor_beside(tmp_path, mode, monkeypatch):
-    monkeypatch.setattr(values, "CHUNK", 2**18)  # this model's weights are smaller than what is rounded at once
+    monkeypatch.setattr(
+        values, "CHUNK", 2**18
+    )  # this model's weights are smaller than what is rounded at once
     state = tiny.make_transformer(seed=0, width=512, blocks=6).state_dict()
     save_file(bfl_names.bfl_transformer(state, 6, 6), tmp_path / "dit.safetensors")
     torch.cuda.reset_peak_memory_stats()
