@@ -75,28 +75,15 @@ class _Split(torch.autograd.Function):
 
 def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
     """Queries or keys (B, H, L, D) after RMS norm with `scale` (D,) and rotation by their positions."""
-    rate = None if x.is_cuda or torch.compiler.is_compiling() else _rate(x.detach())
+    rate = None if torch.compiler.is_compiling() else _rate(x.detach())
     return _turned(x, rate, scale, pe)
 
 
 @remade
 def _turned(x: Tensor, rate: Tensor | None, scale: Tensor, pe: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _fused_turn(x, scale, pe)
+    if rate is None:  # a compiler makes one pass of it
+        return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPSILON), pe)
     return _Turned.apply(x, rate, scale, pe)
-
-
-def _fused_turn(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
-    return rotate(F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPSILON), pe)
-
-
-def _turn(x: Tensor, rate: Tensor | None, scale: Tensor, pe: Tensor) -> Tensor:
-    """Without a rate, by the kernel that norms in one pass; else in place, in the fewest passes that there are."""
-    if rate is None:
-        return _fused_turn(x, scale, pe)
-    values = (x * rate).mul_(scale.float())
-    torch.view_as_complex(values.unflatten(-1, (-1, 2))).mul_(pe)
-    return values.to(x.dtype)
 
 
 def _rate(x: Tensor) -> Tensor:
@@ -105,21 +92,30 @@ def _rate(x: Tensor) -> Tensor:
     return (norm.square_() / x.shape[-1]).add_(EPSILON).rsqrt_()
 
 
+def _times(values: Tensor, rate: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * rate in `dtype`, which a GPU rounds to on the way out; in the memory of `values` where it is theirs."""
+    out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
+    return torch.mul(values, rate, out=out)
+
+
 class _Turned(torch.autograd.Function):
-    """`_turn`, which keeps x and the rate. Where the norm is not one kernel, autograd keeps float32 copies of more.
+    """RMS norm and rotation, in the fewest passes that there are, keeping x and the rate. Autograd's own norm makes
+    float32 copies on a CPU; that of CUDA first lays x out anew, and takes rows of one head at a time, each by a block.
 
     With r = 1 / sqrt(mean(x^2) + eps), and h the gradient at r x: the gradient at x is r (h - r^2 x mean(h x)).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rate: Tensor | None, scale: Tensor, pe: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rate: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
         ctx.save_for_backward(x, rate, scale, pe)
-        return _turn(x, rate, scale, pe)
+        values = x * scale.float()
+        torch.view_as_complex(values.unflatten(-1, (-1, 2))).mul_(pe)
+        return _times(values, rate, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, rate, scale, pe = ctx.saved_tensors
-        rate, turned_back = _rate(x) if rate is None else rate, rotate(gradient.float(), pe.conj())
+        turned_back = rotate(gradient.float(), pe.conj())
         for_scale = None
         if ctx.needs_input_grad[2]:
             for_scale = (turned_back * x).mul_(rate).flatten(0, -2).sum(0).to(scale.dtype)
@@ -127,4 +123,4 @@ class _Turned(torch.autograd.Function):
             return None, None, for_scale, None
         h = turned_back.mul_(scale)
         common = (h * x).mean(-1, keepdim=True).mul_(rate.square())
-        return h.addcmul_(x, common, value=-1).mul_(rate).to(x.dtype), None, for_scale, None
+        return _times(h.addcmul_(x, common, value=-1), rate, x.dtype), None, for_scale, None

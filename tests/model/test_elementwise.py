@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kontext.model.attention import rope, rotate
 from kontext.model.elementwise import split_heads, turned
+from tests.memory.live import Calls
 
 
 def plain(x: torch.Tensor, scale: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
@@ -39,6 +40,20 @@ def test_only_the_input_is_kept() -> None:
         turned(x, torch.ones(16), rope(torch.zeros(1, 9, 3), (4, 6, 6), 1e4))
     large = [tensor for tensor in kept if tensor.numel() >= x.numel()]
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
+
+
+def test_few_passes_over_memory() -> None:
+    """In bfloat16: three forward, beside the norm, of which the last rounds; and no head is laid out anew."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 9, 2, 16, dtype=torch.bfloat16).requires_grad_()
+    pe = rope(torch.zeros(1, 9, 3), (4, 6, 6), 1e4)
+    with Calls() as forward:
+        out = turned(x.transpose(1, 2), torch.ones(16), pe)
+    assert out.stride() == x.transpose(1, 2).stride()
+    assert forward["mul"] + forward["mul_"] == 3 and forward["_to_copy"] + forward["clone"] == 0
+    with Calls() as backward:
+        out.backward(torch.randn_like(out))
+    assert backward["_to_copy"] == 1 and backward["linalg_vector_norm"] == 0
 
 
 @pytest.mark.parametrize("rest", [0, 5])
