@@ -81,7 +81,7 @@ class Session:
 
         Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, with a state saved; UserError when the loss is no number.
         """
-        with self.journal, Interrupts() as interrupts, Writer() as writer, self.team.in_touch():
+        with Interrupts() as interrupts, self.journal, Writer() as writer, self.team.in_touch():
             saver = self._run(interrupts, writer)
             if self.team.saves:
                 saver.finish()
@@ -208,6 +208,7 @@ class Session:
                 self.journal.flush()
                 if self.team.saves:
                     saver.interrupted(outcome.step + 1)
+                self.team.gather(None)  # a launcher that sees one end is going to end the one that saves
                 raise KeyboardInterrupt
 
         slow = [each for each in (validation, self.previews) if each]

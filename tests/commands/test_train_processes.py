@@ -1,6 +1,7 @@
 """Training shared by two processes."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from kontext.cli import main
 from kontext.commands import train_values
+from kontext.training.objective import Objective
 from kontext.training.team import Team
 from tests.launch import Launch, accelerate_launch, encoded, launch, loaded
 from tests.training.command import files, train, words
@@ -128,6 +130,29 @@ def test_processes_that_would_not_train_alike_do_not_begin(
     monkeypatch.setattr(train_values, "team", lambda _: mixed)
     assert train(cached, tmp_path, "--max-train-steps 1") == 2
     assert told in " ".join(capfd.readouterr().err.split())
+
+
+def test_all_wait_for_the_one_that_saves_on_the_way_out(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that sees one of them end ends the others."""
+    saved: list[bool] = []
+
+    class Met(Team):
+        def gather(self, value: Any) -> list[Any]:
+            saved.append(any(tmp_path.glob("edit-step*-state/state.safetensors")))
+            return [value]
+
+    losses = Objective.losses
+
+    def signalled(*given: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*given)
+
+    monkeypatch.setattr(Objective, "losses", signalled)
+    monkeypatch.setattr(train_values, "team", lambda _: Met(Accelerator(cpu=True)))
+    assert train(cached, tmp_path, "--max-train-steps 1000") == 130
+    assert saved[-1]
 
 
 def at_work(cached: Cached, folder: Path, settings: str) -> Launch:
