@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch.optim import Optimizer
+
 from kontext.errors import UserError
 from kontext.options.train import Train
 from kontext.training.average import Average, beside
@@ -12,16 +14,18 @@ from kontext.training.loop import Updates
 from kontext.training.writer import Job
 
 
-def average(options: Train, updates: Updates) -> Average | None:
-    """The average that is asked for. Raises UserError with an optimizer that makes one itself."""
-    if options.ema_decay is None:
-        return None
-    if hasattr(updates.optimizer, "eval"):
+def check(options: Train, optimizer: type[Optimizer]) -> None:
+    """Raises UserError for an average beside an optimizer that makes one itself."""
+    if options.ema_decay is not None and hasattr(optimizer, "eval"):
         raise UserError(
             f"--ema-decay: {options.optimizer_type} averages its weights itself, and that average is what is saved. "
             "Leave out --ema-decay."
         )
-    return Average(updates.parameters, options.ema_decay)
+
+
+def average(options: Train, updates: Updates) -> Average | None:
+    """The average that is asked for, if `check` lets it."""
+    return None if options.ema_decay is None else Average(updates.parameters, options.ema_decay)
 
 
 def both(export: Export, average: Average | None) -> Callable[[Path, int], Job]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kontext import console
-from kontext.commands import train_logs, train_network
+from kontext.commands import train_average, train_logs, train_network
 from kontext.commands import train_values as values
 from kontext.data.batches import Batches
 from kontext.errors import UserError
@@ -29,7 +29,9 @@ def check(options: Train, network: Network, batches: Batches, device: torch.devi
     _check_levels(options, batches)
     arguments = parse_arguments(options.optimizer_args, "--optimizer-args")
     optimizer_bytes(options.optimizer_type, [TRIED], arguments=arguments, device=device)
-    train_network.check_limit(options, network, class_of(options.optimizer_type)[0])
+    optimizer = class_of(options.optimizer_type)[0]
+    train_average.check(options, optimizer)
+    train_network.check_limit(options, network, optimizer)
     train_logs.arguments(options, train_logs.trackers(options))
     if options.logging_dir is not None:
         check_writable(options.logging_dir, "--logging-dir")

@@ -20,10 +20,11 @@ DEFAULT_EXCLUDE = (
 
 @dataclass(frozen=True)
 class Size:
-    """Rank of an adapter, and alpha: it acts with strength alpha / rank."""
+    """Rank of an adapter, and alpha: it acts with strength alpha / rank. factor: of a LoKr with one of its own."""
 
     rank: int
     alpha: float
+    factor: int | None = None
 
 
 def attach(
@@ -62,7 +63,8 @@ def wrap(
     generator = torch.Generator().manual_seed(seed)
     modules = {}
     for name, size in sizes.items():
-        module = make(model.get_submodule(name), rank=size.rank, alpha=size.alpha, device=device)
+        own = {} if size.factor is None else {"factor": size.factor}
+        module = make(model.get_submodule(name), rank=size.rank, alpha=size.alpha, device=device, **own)
         module.draw(generator)
         model.set_submodule(name, module)
         modules[name] = module

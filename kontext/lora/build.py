@@ -155,7 +155,7 @@ def _kronecker(parts: Parts, scale: Scale) -> tuple[Change | None, set[str]]:
     w2, rank2, used2 = _factor(parts, "lokr_w2")
     if w1 is None or w2 is None:
         return None, set()
-    return Kronecker(w1, w2, scale(rank2 or rank1)), used1 | used2
+    return Kronecker(w1, w2, scale(rank2 or rank1), rank2), used1 | used2
 
 
 def _factor(parts: Parts, name: str) -> tuple[Tensor | None, int | None, set[str]]:

@@ -86,11 +86,12 @@ class Hadamard:
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """LoKr: dW = scale * kron(w1, w2) (Edalati et al. 2022, arXiv:2212.10650)."""
+    """LoKr: dW = scale * kron(w1, w2) (Edalati et al. 2022, arXiv:2212.10650). rank: of w2, if it was a product."""
 
     w1: Tensor
     w2: Tensor
     scale: float
+    rank: int | None = None
     needs_base = False
 
     def rows(self, start: int, stop: int) -> None:

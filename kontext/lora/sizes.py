@@ -11,10 +11,11 @@ from torch import nn
 from kontext.checkpoints.source import open_source
 from kontext.errors import UserError
 from kontext.lora.adapter import Size
-from kontext.lora.deltas import Decomposed, Delta, Hadamard
+from kontext.lora.deltas import Decomposed, Delta, Hadamard, Kronecker
 from kontext.lora.files import AdapterFile
 from kontext.lora.fuse import fuse
 from kontext.lora.keys import block_of, split_key
+from kontext.lora.products import factorise
 from kontext.model.transformer import FLUX, TransformerConfig
 
 Shape = tuple[int, ...]
@@ -53,9 +54,9 @@ def config_for(paths: Sequence[Path]) -> TransformerConfig:
 
 
 def sizes_in(adapter: AdapterFile, model: nn.Module, names: Sequence[str]) -> dict[str, Size]:
-    """Rank and alpha in `adapter` of those of the modules `names` of `model` that it changes.
+    """Rank and alpha (of a LoKr its factor too) in `adapter` of those of the modules `names` of `model` that it changes.
 
-    Raises UserError when it changes none of them, and for a change without a rank of its own (LoKr, full difference).
+    Raises UserError when it changes none of them, and for a change without a rank of its own, such as a full difference.
     """
     sizes = {}
     for name in names:
@@ -65,8 +66,8 @@ def sizes_in(adapter: AdapterFile, model: nn.Module, names: Sequence[str]) -> di
         size = _size(deltas, model.get_submodule(name).out_features)
         if size is None:
             raise UserError(
-                f"{adapter.path}: {name} is no LoRA, DoRA or LoHa, whose ranks --dim-from-weights can take. Give "
-                "--network-dim and, for LoKr, factor."
+                f"{adapter.path}: {name} is no LoRA, DoRA, LoHa or LoKr (split as factor splits), whose ranks "
+                "--dim-from-weights can take. Give --network-dim and, for LoKr, factor."
             )
         sizes[name] = size
     if not sizes:
@@ -81,8 +82,21 @@ def _size(deltas: Sequence[Delta], rows: int) -> Size | None:
     if len(changes) == 1 and isinstance(changes[0], Hadamard):
         rank = changes[0].w1_a.shape[1]
         return Size(rank, changes[0].scale * rank)
+    if len(changes) == 1 and isinstance(changes[0], Kronecker):
+        return _kronecker_size(changes[0])
     fused = fuse([Delta(d.target, c, d.key) for d, c in zip(deltas, changes, strict=True)], rows)
     return Size(fused.rank, fused.scale * fused.rank) if fused else None
+
+
+def _kronecker_size(change: Kronecker) -> Size | None:
+    """The factor that splits both sides as in the file; of a w2 that was no product, a rank at which it is none here."""
+    (rows, columns), large = change.w1.shape, change.w2.shape
+    wanted = (rows, large[0]), (columns, large[1])
+    for factor in (-1, *range(1, max(rows, columns) + 1)):
+        if wanted == (factorise(rows * large[0], factor), factorise(columns * large[1], factor)):
+            rank = change.rank or -(-max(large) // 2)
+            return Size(rank, change.scale * rank, factor)
+    return None
 
 
 def _shape(parts: Mapping[str, Shape]) -> Shape | None:

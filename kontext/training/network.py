@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -208,6 +208,8 @@ def build(
         transformer, include_patterns=network.include_patterns, exclude_patterns=network.exclude_patterns
     )
     sizes = sizes_of(network, names) if like is None else sizes_in(like, transformer, names)
+    if network.kind != "lokr":  # a file of another kind is refused when it is loaded
+        sizes = {name: replace(size, factor=None) for name, size in sizes.items()}
     return wrap(transformer, sizes, seed=seed, make=network.make, device=device)
 
 

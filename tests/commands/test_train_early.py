@@ -21,6 +21,7 @@ NARROW = "--timestep-sampling logsnr --logit-std 0.01 --max-timestep 1 --preserv
             "--scale-weight-norms 1 --optimizer-type adamwschedulefree",
             "--scale-weight-norms: adamwschedulefree",
         ),
+        ("--ema-decay 0.9 --optimizer-type adamwschedulefree", "--ema-decay: adamwschedulefree averages"),
         ("--optimizer-type torch.optim.LBFGS", "LBFGS: cannot take a step here"),
         ("--optimizer-type torch.optim.SparseAdam", "does not support dense gradients"),
         ("--optimizer-args wrong=1", "--optimizer-args"),

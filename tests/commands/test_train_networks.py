@@ -82,6 +82,55 @@ def test_sizes_come_from_the_weights(cached: Cached, tmp_path: Path) -> None:
         torch.testing.assert_close(new[name], tensor)
 
 
+@pytest.mark.parametrize(
+    "rank",
+    [
+        pytest.param("1", id="w2 is a product"),
+        pytest.param("64", id="w2 is whole"),
+    ],
+)
+def test_factors_and_ranks_of_a_lokr_come_from_the_weights(cached: Cached, tmp_path: Path, rank: str) -> None:
+    first = [
+        "--network-module",
+        "lokr",
+        "--network-dim",
+        rank,
+        "--network-alpha",
+        "0.5",
+        "--max-train-steps",
+        "2",
+    ]
+    assert main(words(cached, tmp_path, *first, "--network-args", "factor=4")) == 0
+    file = tmp_path / "edit.safetensors"
+    again = ["--network-module", "lokr", "--network-weights", str(file), "--dim-from-weights"]
+    line = words(cached, tmp_path / "next", *again, "--learning-rate", "1e-12", "--max-train-steps", "1")
+    assert main(line) == 0
+    old, new = load_file(file), load_file(tmp_path / "next" / "edit.safetensors")
+    assert old.keys() == new.keys()
+    assert any(name.endswith("lokr_w2_a") for name in old) == (rank == "1")
+    for name in {name.rpartition(".")[0] for name in old}:
+        changes = []
+        for tensors in (old, new):
+            w2 = tensors.get(f"{name}.lokr_w2")
+            low, strength = w2 is None, 1.0
+            if low:
+                w2 = tensors[f"{name}.lokr_w2_a"] @ tensors[f"{name}.lokr_w2_b"]
+                strength = tensors[f"{name}.alpha"].item() / len(tensors[f"{name}.lokr_w2_b"])
+            changes.append(strength * torch.kron(tensors[f"{name}.lokr_w1"], w2))
+        torch.testing.assert_close(changes[1], changes[0], rtol=1e-4, atol=1e-7)
+        assert changes[0].norm() > 0
+
+
+def test_sizes_of_another_kind_of_network_are_refused(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lokr = ["--network-module", "lokr", "--max-train-steps", "1"]
+    assert main(words(cached, tmp_path, *lokr)) == 0
+    weights = ["--network-weights", str(tmp_path / "edit.safetensors"), "--dim-from-weights"]
+    assert main(words(cached, tmp_path / "next", *weights)) == 2
+    assert "Set --network-module" in capsys.readouterr().err
+
+
 def test_sizes_need_weights(cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(cached, tmp_path, "--dim-from-weights")) == 2
     assert "--dim-from-weights needs --network-weights" in capsys.readouterr().err
