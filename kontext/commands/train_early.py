@@ -25,6 +25,8 @@ TRIED = (8, 8)  # the shape of a parameter that the optimizer takes a step with
 
 def check(options: Train, network: Network, batches: Batches, device: torch.device) -> None:
     """Raises UserError for what the run would fail with on `device`."""
+    for sentence in train_network.remarks(options, network):
+        console.notice(sentence)
     _check_adapters(options)
     _check_levels(options, batches)
     arguments = parse_arguments(options.optimizer_args, "--optimizer-args")

@@ -1,17 +1,21 @@
 """What the options of `kontext train` say about the network, and about weights to start from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
+from kontext.checkpoints import empty_transformer
+from kontext.commands import train_whole
 from kontext.errors import UserError
 from kontext.generation.parts import Loras
+from kontext.lora.adapter import DEFAULT_EXCLUDE, linears
 from kontext.lora.limit import Limit
 from kontext.lora.linear import AdapterLinear
+from kontext.lora.patterns import idle_patterns
 from kontext.options.train import Train
 from kontext.training.arguments import parse_arguments
-from kontext.training.network import Network, network_of
+from kontext.training.network import MEANINGLESS, Network, network_of
 
 # What sd-scripts and musubi-tuner call these networks in their files.
 NETWORK_MODULES = {"lora": "networks.lora_flux", "loha": "networks.loha", "lokr": "networks.lokr"}
@@ -22,9 +26,30 @@ def network(options: Train) -> Network:
     if options.dim_from_weights and options.network_weights is None:
         raise UserError("--dim-from-weights needs --network-weights, the adapter whose ranks are meant.")
     arguments = parse_arguments(options.network_args, "--network-args")
+    if options.dim_from_weights and "rank_patterns" in arguments:
+        raise UserError(
+            "--dim-from-weights takes all ranks from --network-weights: leave out rank_patterns of --network-args."
+        )
     return network_of(
         options.network_dim, options.network_alpha, options.network_dropout, arguments, options.network_module
     )
+
+
+def remarks(options: Train, network: Network) -> Iterator[str]:
+    """A sentence for each of --network-args that does nothing."""
+    given = parse_arguments(options.network_args, "--network-args")
+    if ignored := [key for key in MEANINGLESS if key in given]:
+        yield f"--network-args: {', '.join(ignored)} left out: there are no convolutions here, and nothing more to tell."
+    if (network.include_patterns or network.exclude_patterns) and not options.show_timesteps:
+        model = empty_transformer(options.dit)
+        whole = train_whole.is_whole(options)
+        names = (
+            {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+            if whole
+            else dict(linears(model))
+        )
+        always = () if whole else DEFAULT_EXCLUDE
+        yield from idle_patterns(names, network.include_patterns, network.exclude_patterns, always=always)
 
 
 def limit(options: Train, modules: Mapping[str, AdapterLinear]) -> Limit | None:

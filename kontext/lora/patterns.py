@@ -1,7 +1,7 @@
 """Regular expressions on dotted module names. A pattern must match the whole name."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from kontext.errors import UserError
 
@@ -13,6 +13,29 @@ def compile_patterns(patterns: Iterable[str]) -> list[re.Pattern[str]]:
 
 def matches_any(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def idle_patterns(
+    names: Collection[str], include: Sequence[str], exclude: Sequence[str], *, always: Sequence[str]
+) -> Iterator[str]:
+    """A sentence for each pattern that changes nothing of which of `names` are trained.
+
+    Include patterns bring back what `always` or `exclude` leaves out; without either they choose alone.
+    """
+    excluding = compile_patterns((*always, *exclude))
+    for argument, patterns in (("exclude_patterns", exclude), ("include_patterns", include)):
+        for pattern in compile_patterns(patterns):
+            matched = [name for name in names if pattern.fullmatch(name)]
+            if not matched:
+                yield (
+                    f"{argument}: {pattern.pattern!r} matches nothing. Patterns must match a whole name such as "
+                    "double_blocks.0.img_attn.qkv."
+                )
+            elif patterns is include and excluding and not any(matches_any(excluding, n) for n in matched):
+                yield (
+                    f"include_patterns: what {pattern.pattern!r} matches is trained anyway, for include patterns bring back "
+                    "what is excluded. To train nothing else, give exclude_patterns=.* too."
+                )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -58,7 +58,8 @@ class Network(Options):
         "Adapter file to start from, in any format that generate reads.", default=None
     )
     dim_from_weights: bool = option(
-        "Take the modules, ranks and alphas from --network-weights instead of --network-dim and --network-alpha.",
+        "Take the modules, ranks, alphas and LoKr's factors from --network-weights instead of --network-dim, --network-alpha "
+        "and --network-args.",
         default=False,
     )
     base_weights: list[Path] = option(

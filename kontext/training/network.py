@@ -25,6 +25,8 @@ Kind = Literal["lora", "dora", "loha", "lokr", "none"]
 KINDS: dict[Kind, type[AdapterLinear]] = {
     "lora": LoraLinear, "dora": DoraLinear, "loha": LohaLinear, "lokr": LokrLinear,
 }  # fmt: skip
+# What musubi-tuner takes too, which says nothing of a transformer without convolutions.
+MEANINGLESS = ("conv_dim", "conv_alpha", "verbose")
 _PART = re.compile(
     r"\.(?:lora_\w+\.weight|(?:hada|lokr|dora)_\w+|weight|bias|scale)$"
 )  # of a parameter's name
@@ -92,6 +94,8 @@ def network_of(
         readers = {key: readers[key] for key in ("include_patterns", "exclude_patterns", "lr_patterns")}
     fields: dict[str, Any] = {}
     for key, value in arguments.items():
+        if key in MEANINGLESS:
+            continue
         if key not in readers:
             raise UserError(f"--network-args: {key} is not known. Known are {', '.join(readers)}.")
         field, read = readers[key]

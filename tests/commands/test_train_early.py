@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from kontext.cli import main
 from tests.tiny import TinyFiles
 from tests.training import whole
-from tests.training.command import train
+from tests.training.command import train, words
 from tests.training.dataset import Cached
 
 NARROW = "--timestep-sampling logsnr --logit-std 0.01 --max-timestep 1 --preserve-distribution-shape"
@@ -41,6 +42,46 @@ def test_no_model_is_loaded_for_nothing(
     assert train(cached, tmp_path / "out", f"{dry} {settings.format(**places)}") == 2
     told = capsys.readouterr().err
     assert message.format(**places) in told and "Loading" not in told
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("conv_dim=4 verbose=True", "conv_dim, verbose left out"),
+        ("exclude_patterns=sinle_blocks.*", "exclude_patterns: 'sinle_blocks.*' matches nothing"),
+        (
+            "include_patterns=['.*img_mod.*','double.*mlp.*']",
+            "what 'double.*mlp.*' matches is trained anyway",
+        ),
+        ("include_patterns=double.* exclude_patterns=.*", ""),
+        ("include_patterns=double.* --network-module none", ""),
+        (
+            "include_patterns=['double.*','sinle.*'] --network-module none",
+            "include_patterns: 'sinle.*' matches nothing",
+        ),
+    ],
+)
+def test_what_does_nothing_is_told(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    network = "--network-dim 4 " * ("none" not in argument)
+    line = words(cached, tmp_path / "out", f"--dry-run {network}--network-args {argument}")
+    if not network:  # the rank that all tests give
+        place = line.index("--network-dim")
+        del line[place : place + 2]
+    assert main(line) == 0
+    told = [
+        text for text in capsys.readouterr().err.splitlines() if "_patterns" in text or "left out" in text
+    ]
+    assert len(told) == bool(message) and message in "".join(told)
+
+
+def test_sizes_are_taken_from_one_place(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = f"--network-weights {tmp_path} --dim-from-weights --network-args rank_patterns=double.*=2"
+    assert train(cached, tmp_path / "out", weights) == 2
+    assert "leave out rank_patterns" in capsys.readouterr().err
 
 
 def test_arguments_that_a_logger_does_not_have(
