@@ -225,5 +225,7 @@ def _introduce(plan: Plan, batches: Batches, trained: Trained, updates: Updates)
         f"batches an epoch, {plan.steps} steps over {plan.epochs} epochs."
     )
     modules = trained.adapters if isinstance(trained, Adapters) else {}
-    for sentence in advice(Settings(type(updates.optimizer).__name__, updates.rates, modules)):
+    kind, groups = type(updates.optimizer).__name__, updates.optimizer.param_groups
+    relative = any(group.get("relative_step") for group in groups)
+    for sentence in advice(Settings(kind, updates.rates, modules, relative)):
         console.notice(sentence)

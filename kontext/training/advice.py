@@ -16,11 +16,15 @@ LEAST_STRENGTH, MOST_STRENGTH = 1 / 64, 16  # alpha / rank
 
 @dataclass(frozen=True)
 class Settings:
-    """What advice is about. optimizer: the name of its class; modules: the adapters by name, if any are trained."""
+    """What advice is about. optimizer: the name of its class; modules: the adapters by name, if any are trained.
+
+    relative: whether the optimizer takes a learning rate of its own, whatever it is given.
+    """
 
     optimizer: str
     rates: Sequence[LearningRate]
     modules: Mapping[str, AdapterLinear]
+    relative: bool = False
 
 
 def advice(settings: Settings) -> Iterator[str]:
@@ -32,6 +36,12 @@ def advice(settings: Settings) -> Iterator[str]:
 
 
 def _of_rates(settings: Settings) -> Iterator[str]:
+    if settings.relative:
+        yield (
+            f"With relative_step=True {settings.optimizer} sets its learning rate by the step: --learning-rate and "
+            "--lr-scheduler do nothing, and the rate that is shown is not the one that acts."
+        )
+        return
     low, high = USUAL_RATES.get(settings.optimizer, (0.0, float("inf")))
     peaks = sorted({rate.peak for rate in settings.rates})
     if settings.optimizer == "Prodigy":

@@ -82,11 +82,15 @@ class Updates:
     limit: Limit | None = None
 
     def set_rates(self, step: int) -> tuple[float, ...]:
-        """Puts the learning rates of `step` into the optimizer."""
+        """Puts the learning rates of `step` into the optimizer, and returns them as they act.
+
+        Prodigy and its kind multiply them with a rate that they find themselves, the `d` of a group.
+        """
         values = tuple(rate.peak * rate.factor(step) for rate in self.rates)
         for group, value in zip(self.optimizer.param_groups, values, strict=True):
             group["lr"] = value
-        return values
+        groups = self.optimizer.param_groups
+        return tuple(value * group.get("d", 1.0) for group, value in zip(groups, values, strict=True))
 
     def apply(self, team: Team) -> Tensor:
         """One optimizer step; the norm that the gradients had before clipping (max_norm 0: no clipping)."""

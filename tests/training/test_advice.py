@@ -50,3 +50,9 @@ def test_nothing_is_said_of_usual_settings(usual: dict) -> None:
 def test_useless_settings_are_told(useless: dict, words: str) -> None:
     (sentence,) = told(**useless)
     assert re.search(words, sentence), sentence
+
+
+def test_a_rate_of_the_optimizers_own_is_told() -> None:
+    rates = [LearningRate(1.0, "constant", 100)]
+    (sentence,) = advice(Settings("Adafactor", rates, {}, relative=True))
+    assert "--learning-rate and --lr-scheduler do nothing" in sentence

@@ -6,6 +6,7 @@ from torch import nn
 
 from kontext.errors import UserError
 from kontext.training.arguments import parse_arguments
+from kontext.training.loop import Outcome
 from kontext.training.network import Network, groups_of, network_of
 from kontext.training.optimizers import class_of, evaluation_weights, make_optimizer
 from tests.training.world import Run
@@ -93,6 +94,22 @@ def test_prodigy_finds_a_rate() -> None:
     assert run.optimizer.param_groups[0]["d"] > 100 * run.optimizer.param_groups[0]["d0"]
 
 
+def test_the_rates_that_are_told_of_prodigy_are_those_that_act() -> None:
+    """Its own one as it is when a step begins, times that of the schedule."""
+    run = Run(steps=12, optimizer="prodigy", rate=2.0, schedule="cosine")
+    (group,) = run.optimizer.param_groups
+    told, own = [], [group["d"]]
+
+    def listen(outcome: Outcome) -> None:
+        told.append(outcome.rates)
+        own.append(group["d"])
+
+    run.go(listeners=[listen])
+    (rate,) = run.updates.rates
+    assert told == [(2.0 * rate.factor(step) * d,) for step, d in enumerate(own[:-1])]
+    assert own[-1] > own[0] == 1e-6
+
+
 def test_prodigy_with_several_rates_is_refused() -> None:
     several = [*groups(), {"params": [nn.Parameter(torch.ones(3))], "lr": 0.2}]
     with pytest.raises(UserError, match="one learning rate for all"):
@@ -150,7 +167,7 @@ def test_lora_plus_gives_the_second_factor_its_own_rate() -> None:
     assert up["params"] == [parameters["a.lora_up.weight"]]
 
 
-@pytest.mark.parametrize("arguments", [{"conv_dim": 4}, {"rank_dropout": 2}, {"include_patterns": 3}])
+@pytest.mark.parametrize("arguments", [{"convdim": 4}, {"rank_dropout": 2}, {"include_patterns": 3}])
 def test_bad_network_arguments(arguments: dict) -> None:
     with pytest.raises(UserError, match="--network-args"):
         network_of(4, None, 0.0, arguments)
