@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from kontext.errors import UserError
@@ -64,7 +65,7 @@ def log(options: Train, team: Team) -> Log | None:
         if options.log_tracker_config is None:
             raise
         raise UserError(f"--log-tracker-config {options.log_tracker_config}: {error}.") from error
-    return lambda values, step: team.accelerator.log(dict(values), step=step)
+    return lambda values, step: team.track(lambda tracker: tracker.log(dict(values), step=step))
 
 
 def pictures(team: Team, also: Drawn) -> Drawn:
@@ -72,16 +73,19 @@ def pictures(team: Team, also: Drawn) -> Drawn:
 
     def drawn(done: int, label: str, paths: Sequence[Path]) -> None:
         also(done, label, paths)
-        for tracker in team.accelerator.trackers:
-            for number, path in enumerate(paths):
-                picture = Image.open(path).convert("RGB")
-                if tracker.name == "wandb":
-                    tracker.log_images({f"sample_{number}": [picture]}, step=done)
-                elif tracker.name == "tensorboard":
-                    pixels = np.asarray(picture)[None]
-                    tracker.log_images({f"sample_{number}": pixels}, step=done, dataformats="NHWC")
+        team.track(lambda tracker: _log_pictures(tracker, done, paths))
 
     return drawn
+
+
+def _log_pictures(tracker: GeneralTracker, done: int, paths: Sequence[Path]) -> None:
+    for number, path in enumerate(paths):
+        picture = Image.open(path).convert("RGB")
+        if tracker.name == "wandb":
+            tracker.log_images({f"sample_{number}": [picture]}, step=done)
+        elif tracker.name == "tensorboard":
+            pixels = np.asarray(picture)[None]
+            tracker.log_images({f"sample_{number}": pixels}, step=done, dataformats="NHWC")
 
 
 def hide(words: list[str], secrets: Sequence[str]) -> None:

@@ -8,9 +8,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from kontext import console
 from kontext.errors import UserError
 from kontext.training.shares import Shares
 
@@ -125,10 +127,22 @@ class Team:
             what = "does not answer (--ddp-timeout)" if late else "has ended"
             raise UserError(f"Another process of this run {what}; see its own message. ({reason})") from error
 
+    def track(self, use: Callable[[GeneralTracker], None]) -> None:
+        """Has every logger do something. One that fails is told of and left out from then on: logs end no training."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                use(tracker)
+            except Exception as error:  # whatever the disk, the network and the logger's package may raise
+                self.accelerator.trackers.remove(tracker)
+                console.warn(f"{tracker.name} logs nothing more: {' '.join(str(error).split())}")
+
     def finish(self) -> None:
         """Wait until every process has come here, then close logs and the connection."""
         with self.in_touch():
             self.accelerator.wait_for_everyone()
+        self.track(lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
+        with self.in_touch():
             self.accelerator.end_training()
 
 

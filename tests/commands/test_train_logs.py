@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from wandb.proto import wandb_internal_pb2
 
 from kontext.cli import main
@@ -129,6 +130,28 @@ def test_the_run_name_and_the_file_reach_wandb(tmp_path: Path) -> None:
         "wandb": {"name": "given", "entity": "us", "dir": str(tmp_path / "logs")},
         "tensorboard": {"flush_secs": 5},
     }
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_a_logger_that_fails_ends_no_training(
+    failing: str,
+    cached: Cached,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A disk that is full, a network that is gone."""
+    calls = []
+
+    def full(*given: object, **named: object) -> None:
+        calls.append(named.get("step"))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, failing, full)
+    assert train(cached, tmp_path / "out", f"--max-train-steps 3 --logging-dir {tmp_path}/logs") == 0
+    assert calls == [1 if failing == "log" else None]
+    assert "warning: tensorboard logs nothing more: [Errno 28] No space left" in capsys.readouterr().err
+    assert (tmp_path / "out" / "edit.safetensors").exists()
 
 
 def test_samples_are_logged(tmp_path: Path) -> None:
