@@ -1,6 +1,7 @@
 """From the words beside a picture to the captions it is trained with: all of them are cached, one is chosen at a time."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,7 +14,11 @@ class CaptionKeys(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    caption_extension: str = Field(".txt", description="What a caption file's name ends in.")
+    caption_extension: tuple[str, ...] = Field(
+        (".txt",),
+        min_length=1,
+        description="What a caption file's name ends in; a list where there are several, of which one is chosen per epoch.",
+    )
     multiple_captions: bool = Field(
         False, description="Each line is a caption of its own; one is chosen per epoch."
     )
@@ -33,12 +38,14 @@ class CaptionKeys(BaseModel):
     )
 
 
-def captions_of(text: str, keys: CaptionKeys, image: Path) -> tuple[str, ...]:
-    """All captions that `text` gives, different from one another. The first is the plainest; there is at least one.
+def captions_of(texts: Sequence[str], keys: CaptionKeys, image: Path) -> tuple[str, ...]:
+    """All captions that `texts` give, different from one another. The first is the plainest; there is at least one.
 
     Orders of tags follow from the picture's name alone, so that caches stay valid.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()] if keys.multiple_captions else [text]
+    lines = list(texts)
+    if keys.multiple_captions:
+        lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     found = []
     for line in lines or [""]:
         source = random.Random(f"{image.name}/{line}")

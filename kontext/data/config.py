@@ -77,11 +77,16 @@ class General(CaptionKeys):
             raise ValueError(f"{value[0]}x{value[1]} is too small, 16 pixels are the least")
         return value
 
+    @field_validator("caption_extension", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("caption_extension")
     @classmethod
-    def _dotted(cls, value: str) -> str:
+    def _dotted(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """`txt` means `.txt`, while `_caption.txt` is an ending of its own."""
-        return value if "." in value else f".{value}"
+        return tuple(ending if "." in ending else f".{ending}" for ending in value)
 
 
 class Dataset(General):

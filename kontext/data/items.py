@@ -86,9 +86,14 @@ def list_items(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
 
 
 def _item(
-    key: str, image: Path, text: str, controls: tuple[Path, ...], mask: Path | None, dataset: Dataset
+    key: str,
+    image: Path,
+    texts: Sequence[str],
+    controls: tuple[Path, ...],
+    mask: Path | None,
+    dataset: Dataset,
 ) -> Item:
-    caption, *others = captions_of(text, dataset, image)
+    caption, *others = captions_of(texts, dataset, image)
     rates = dataset.caption_dropout_rate, dataset.control_dropout_rate
     return Item(key, image, caption, controls, tuple(others), *rates, image if dataset.alpha_mask else mask)
 
@@ -122,9 +127,9 @@ def _from_folder(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     masks = _masks(images, dataset.mask_directory) if dataset.mask_directory else {}
     items = []
     for key, image in zip(unique_keys([path.stem for path in images]), images, strict=True):
-        caption = _caption_of(image, dataset.caption_extension, skips)
-        if caption is not None:
-            items.append(_item(key, image, caption, controls.get(image, ()), masks.get(image), dataset))
+        texts = _texts_of(image, dataset.caption_extension, skips)
+        if texts:
+            items.append(_item(key, image, texts, controls.get(image, ()), masks.get(image), dataset))
     missing = [item.image for item in items if not item.controls]
     if dataset.control_directory and missing:
         raise UserError(
@@ -186,17 +191,24 @@ def _rank(control: Path, owner: str) -> int:
     return int(number) + 1
 
 
-def _caption_of(image: Path, extension: str, skips: Skips) -> str | None:
-    path = image.with_name(image.stem + extension)
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        skips.add(image, f"no caption: there is no {path.name} beside it")
-    except UnicodeDecodeError:
-        skips.add(image, f"the caption {path.name} is not UTF-8 text")
-    except OSError as error:
-        skips.add(image, f"the caption {path.name} cannot be read ({error.strerror})")
-    return None
+def _texts_of(image: Path, endings: Sequence[str], skips: Skips) -> list[str]:
+    """What is in the caption files beside a picture, of which there may be fewer than endings; empty if it is skipped."""
+    paths = [image.with_name(image.stem + ending) for ending in endings]
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8-sig").strip())
+        except FileNotFoundError:
+            continue
+        except UnicodeDecodeError:
+            skips.add(image, f"the caption {path.name} is not UTF-8 text")
+            return []
+        except OSError as error:
+            skips.add(image, f"the caption {path.name} cannot be read ({error.strerror})")
+            return []
+    if not texts:
+        skips.add(image, f"no caption: there is no {' or '.join(path.name for path in paths)} beside it")
+    return texts
 
 
 def _named(paths: Sequence[Path], most: int = 5) -> str:
@@ -215,8 +227,9 @@ def _from_jsonl(dataset: Dataset, skips: Skips) -> tuple[Item, ...]:
     keys = unique_keys([row.image.stem for row in rows])
     items = []
     for key, row in zip(keys, rows, strict=True):
-        if row.caption is None:
-            skips.add(f"{path}:{row.number}", f"no caption for {row.image}")
+        if row.captions:
+            texts = [text.strip() for text in row.captions]
+            items.append(_item(key, row.image, texts, row.controls or (), row.mask, dataset))
         else:
-            items.append(_item(key, row.image, row.caption.strip(), row.controls or (), row.mask, dataset))
+            skips.add(f"{path}:{row.number}", f"no caption for {row.image}")
     return tuple(items)

@@ -15,11 +15,11 @@ KNOWN = ("image_path", "caption", "control_path", "mask_path")
 
 @dataclass(frozen=True)
 class Row:
-    """One line. controls, masks: None when it does not say, () when it says that there are none."""
+    """One line. captions: none when it does not say. controls, masks: None when it does not, () for none."""
 
     number: int
     image: Path
-    caption: str | None
+    captions: tuple[str, ...]
     controls: tuple[Path, ...] | None
     masks: tuple[Path, ...] | None
 
@@ -56,9 +56,12 @@ def _row(place: str, number: int, line: str) -> Row:
     _check_keys(place, values)
     image = values.get("image_path", values.get("image_path_0"))
     caption = values.get("caption")
-    if not isinstance(image, str) or not isinstance(caption, str | None):
-        raise UserError(f"{place}: image_path and caption must be texts.")
-    return Row(number, Path(image), caption, _paths(place, values, "control_path"), _masks(place, values))
+    captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
+    if not all(isinstance(text, str) for text in (image, *captions)):
+        raise UserError(f"{place}: image_path and caption must be texts (caption may be a list of them).")
+    return Row(
+        number, Path(image), tuple(captions), _paths(place, values, "control_path"), _masks(place, values)
+    )
 
 
 def _check_keys(place: str, values: dict[str, Any]) -> None:

@@ -124,9 +124,10 @@ def describe_datasets(datasets: Sequence[Dataset], with_references: Container[Pa
     """`ss_datasets`: the blocks of the dataset file, paths by their last part; `with_references` are cache folders."""
     described = []
     for dataset in datasets:
+        endings = dataset.caption_extension
         entry: dict[str, Any] = {
             "resolution": list(dataset.resolution),
-            "caption_extension": dataset.caption_extension,
+            "caption_extension": endings[0] if len(endings) == 1 else list(endings),
             "batch_size_per_device": dataset.batch_size,
             "num_repeats": dataset.num_repeats,
             "enable_bucket": dataset.enable_bucket,

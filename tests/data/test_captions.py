@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.data.test_batches import fill
 
 
 def captions(text: str, **keys: object) -> tuple[str, ...]:
-    return captions_of(text, CaptionKeys(**keys), Path("a.png"))
+    return captions_of([text], CaptionKeys(**keys), Path("a.png"))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,27 @@ def test_training_meets_each_caption_and_the_empty_prompt(tmp_path: Path) -> Non
     found = vectors(batches, 40)
     assert set(found) == set(value.values()) and set(plain) & set(found) == set()
     assert vectors(_batches(path), 40) == found and vectors(_batches(path, seed=2), 40) != found
+
+
+def test_training_meets_the_captions_of_several_files(tmp_path: Path) -> None:
+    """a has both kinds of file, b one of them; so it is with a list in JSONL."""
+    pairs(tmp_path, "ab")
+    for name, text in (("a.txt", "red"), ("a.short.txt", "blue"), ("b.txt", "green")):
+        (tmp_path / "img" / name).write_text(text)
+    path = dataset_file(tmp_path, caption_extension=["txt", ".short.txt"])
+    rows = [("a", ["red", "blue"]), ("b", "green")]
+    lines = [json.dumps({"image_path": f"{tmp_path}/img/{n}.png", "caption": text}) for n, text in rows]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    keys = {"image_directory": None, "image_jsonl_file": tmp_path / "items.jsonl"}
+    for file in (path, dataset_file(tmp_path, **keys, cache_directory=tmp_path / "other")):
+        batches = _batches(file)
+        seen: dict[str, set[float]] = {"a": set(), "b": set()}
+        for epoch in range(20):
+            for index in range(2):
+                batch = batches.load(epoch, index)
+                seen[batch.keys[0]].add(batch.vector.item())
+        values = {text: float(sum(map(ord, text))) for text in ("red", "blue", "green")}
+        assert seen == {"a": {values["red"], values["blue"]}, "b": {values["green"]}}
 
 
 def _batches(path: Path, seed: int = 1) -> Batches:

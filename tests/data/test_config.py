@@ -47,11 +47,11 @@ def test_block_overrides_general_and_both_override_defaults() -> None:
         )
     )
     assert first.size_rules == SizeRules((640, 480), True, True, True, (512, 512))
-    assert (first.batch_size, first.num_repeats, first.caption_extension) == (3, 5, ".txt")
+    assert (first.batch_size, first.num_repeats, first.caption_extension) == (3, 5, (".txt",))
     assert first.cache_folder == first.source == Path("img")
     assert second.size_rules == SizeRules((768, 768), False, True, False, None)
     assert (second.source, second.cache_folder) == (Path("items.jsonl"), Path("cache"))
-    assert second.caption_extension == ".caption"
+    assert second.caption_extension == (".caption",)
 
 
 def test_json_means_the_same() -> None:

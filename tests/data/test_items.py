@@ -52,6 +52,14 @@ def test_captions(tmp_path: Path) -> None:
     ]
 
 
+def test_no_caption_file_of_several(tmp_path: Path) -> None:
+    touch(tmp_path / "img", "a.png", "a.b.txt", "b.png")
+    skips = Skips()
+    (item,) = listed(dataset_file(tmp_path, caption_extension=[".txt", ".b.txt"]), skips)
+    assert item.caption == "caption of a.b.txt"
+    assert skips.rows[0].reason == "no caption: there is no b.txt or b.b.txt beside it"
+
+
 def test_strict_stops_at_the_first_missing_caption(tmp_path: Path) -> None:
     touch(tmp_path / "img", "a.png", "b.png", "b.txt")
     with pytest.raises(UserError, match=r"a\.png: no caption.*--strict"):
@@ -154,6 +162,7 @@ def test_jsonl_without_caption_is_skipped(tmp_path: Path) -> None:
         ("[]", "an object with image_path"),
         ({"caption": "x"}, "must be texts"),
         ({"image_path": 3, "caption": "x"}, "must be texts"),
+        ({"image_path": "b.png", "caption": ["x", 3]}, "must be texts"),
         ({"image_path": "b.png", "caption": "x", "contol_path": "c"}, "Did you mean control_path?"),
         ({"image_path": "b.png", "caption": "x", "control_path": ["c"]}, "must be a path"),
         ({"image_path_0": "b.png", "image_path_1": "c.png", "caption": "x"}, "one target per line"),
