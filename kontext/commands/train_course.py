@@ -25,6 +25,8 @@ SELDOM = (
     "lr_scheduler_type",
     "lr_scheduler_args",
 )  # recorded only where they are given
+# Learning rates that do not depend on where the run ends.
+UNENDING = ("constant", "constant_with_warmup", "inverse_sqrt")
 # Of these and the other settings, those without which a state means nothing.
 FIXED = (
     "network_module", "network_dim", "network_alpha", "network_args", "optimizer_type", "optimizer_args", "seed",
@@ -41,6 +43,7 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
         **{name: getattr(options, name) for name in COURSE},
         **train_network.beginnings(options),
         **{name: value for name in SELDOM if (value := getattr(options, name))},
+        **_length(options, plan),
         "seed": seed,
         "dtype": values.precision(options),
         "dit": options.dit.name,
@@ -50,6 +53,12 @@ def course(options: Train, batches: Batches, plan: Plan, seed: int) -> dict[str,
         "caption and reference dropout": sorted({(item.dropout, item.control_dropout) for item in items}),
         "masked items": sum(item.mask is not None for item in items),
     }
+
+
+def _length(options: Train, plan: Plan) -> dict[str, int]:
+    """How long the run is, where the learning rate goes by it: a longer one would have had others before, too."""
+    ends = options.lr_scheduler_type is None and options.lr_scheduler not in UNENDING
+    return {"max_train_steps": plan.steps} if ends or 0 < options.lr_warmup_steps < 1 else {}
 
 
 def _digest(value: Any) -> str:

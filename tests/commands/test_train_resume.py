@@ -33,6 +33,19 @@ def test_a_resumed_run_writes_the_same_bytes(name: str, cached: Cached, tmp_path
     assert [(tmp_path / adapter).read_bytes() for adapter in adapters] == whole
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_made_longer_is_told_when_its_learning_rates_would_have_been_others(
+    schedule: str, cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = f"--lr-scheduler {schedule} --save-state --no-report"
+    assert train(cached, tmp_path, f"{settings} --max-train-steps 2") == 0
+    capsys.readouterr()
+    assert train(cached, tmp_path, f"{settings} --max-train-epochs 1 --resume auto") == 0
+    told = capsys.readouterr().err
+    assert ("warning: max_train_steps was 2, now 3: the run goes on" in told) == (schedule == "cosine")
+    assert ("warning" in told) == (schedule == "cosine")
+
+
 def wait_for(path: Path, alive: threading.Event | None = None, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists() and (alive is None or alive.is_set()):
