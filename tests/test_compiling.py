@@ -15,6 +15,7 @@ from kontext.memory.recompute import recompute_blocks
 from kontext.memory.streaming import stream_blocks
 from kontext.model.attention import rope
 from kontext.model.transformer import Transformer
+from kontext.quant import Mode, quantise, quantised_linear
 from kontext.training.network import Network, build
 from tests import tiny
 from tests.lora.models import CONFIG, make_transformer
@@ -50,6 +51,28 @@ def test_one_graph_serves_blocks_of_all_sizes() -> None:
         torch.testing.assert_close(block(x, mod, pe), block.forward(x, mod, pe), rtol=1e-5, atol=1e-5)
         graphs.add(counters["stats"]["unique_graphs"])
     assert graphs == {1} and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", [pytest.param(None, marks=pytest.mark.slow), "fp8_fast"])
+def test_an_adapted_block_is_one_graph(mode: Mode | None) -> None:
+    """Forward with gradients: what adapters and weights in few bits ask for is asked where a compiler can follow."""
+    model = Transformer(replace(CONFIG, double_blocks=1, single_blocks=1)).requires_grad_(False)
+    if mode is not None:
+        for name in ("linear1", "linear2"):
+            linear = model.single_blocks[0].get_submodule(name)
+            value = quantise(linear.weight.detach(), mode)
+            model.single_blocks[0].set_submodule(name, quantised_linear(value, linear.bias, mode))
+    build(
+        model,
+        Network(rank=2, alpha=2, include_patterns=(r"single.*linear\d",), exclude_patterns=(".*",)),
+        seed=0,
+    )
+    (block,) = model.single_blocks
+    assert sum(parameter.requires_grad for parameter in block.parameters()) == 4
+    compile_blocks(model, CPU, backend="aot_eager")
+    x, mod = torch.randn(1, 24, CONFIG.width, requires_grad=True), torch.randn(1, 1, 3 * CONFIG.width)
+    block(x, mod, rope(torch.rand(1, 24, 3), CONFIG.axes, CONFIG.theta)).square().mean().backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ def low_rank_product(
     """
     mask = None if mask is None else mask.flatten(0, -2)
     frozen = base.product, base.weight, base.by_block, base.bias
-    product = _LowRank.apply(x.flatten(0, -2), down, up, scale, mask, *frozen, needless.get())
+    unused = not torch.compiler.is_compiling() and needless.get()  # which a compiler cannot ask
+    product = _LowRank.apply(x.flatten(0, -2), down, up, scale, mask, *frozen, unused)
     return product.unflatten(0, x.shape[:-1])
 
 

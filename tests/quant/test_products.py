@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kontext.quant import FP8, dequantise, products, quantise, quantised_linear
 from kontext.quant.products import multiply, multiply_back, round_rows
+from tests.memory.live import Calls
 from tests.quant.test_values import draw
 
 FAST = ("fp8_fast", "int8_fast")
@@ -92,6 +93,17 @@ def test_rows_lie_one_after_the_other(mode, weight):
     assert round_rows(turned, rounded.weight.dtype)[0].is_contiguous()
     expected = multiply_back(turned.contiguous(), rounded.weight, rounded.scale)
     assert torch.equal(multiply_back(turned, rounded.weight, rounded.scale), expected)
+
+
+def test_rows_are_rounded_to_fp8_in_one_pass():
+    """bfloat16 is neither widened nor rounded twice on the way, and what is turned is not laid out anew before."""
+    x = draw(64, 40).bfloat16().t()
+    with Calls() as calls:
+        values, by_row = round_rows(x, FP8)
+    assert (
+        calls["linalg_vector_norm"] == 1 and calls["_to_copy"] <= 1 and calls["clone"] + calls["copy_"] == 0
+    )
+    assert torch.equal(values.float(), (x.float() / by_row).to(FP8).float())
 
 
 def test_what_is_not_a_number_shows(mode, weight):
