@@ -44,7 +44,7 @@ class SaveRules:
 
 
 class Saver:
-    """Listens to the loop and saves when it is due. In a team only the leading process has one."""
+    """Listens to the loop and saves when it is due."""
 
     def __init__(
         self,

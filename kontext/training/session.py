@@ -47,6 +47,10 @@ def _unheard(path: Path) -> None:
     """Nobody wants to know of a file."""
 
 
+def _written_elsewhere(path: Path, done: int) -> None:
+    """Another process writes it; this one knows of it, and can name the state to go back to."""
+
+
 @dataclass(frozen=True)
 class Session:
     """Everything that a run is made of.
@@ -175,8 +179,8 @@ class Session:
             self.names,
             self.rules,
             self.examples.plan,
-            write_adapter=self._save(writer),
-            write_state=write_state,
+            write_adapter=self._save(writer) if self.team.saves else _written_elsewhere,
+            write_state=write_state if self.team.saves else _written_elsewhere,
             later=writer.submit if self.team.leads else lambda job: None,
             last_state=self.start.folder,
         )
@@ -214,7 +218,6 @@ class Session:
         slow = [each for each in (validation, self.previews) if each]
         validating = [partial(validation, stop=asked)] if validation else []
         previews = [partial(self.previews, stop=asked)] if self.previews else []
-        saving = [saver] if self.team.saves else []
         averaging = [self.average] if self.average else []
         return [
             lambda outcome: writer.check(),
@@ -222,7 +225,7 @@ class Session:
             *averaging,
             *validating,
             flush,
-            *saving,
+            saver,
             *previews,
             self.journal.listener(saver.due),
             stop,

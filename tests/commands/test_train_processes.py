@@ -155,6 +155,23 @@ def test_all_wait_for_the_one_that_saves_on_the_way_out(
     assert saved[-1]
 
 
+def test_one_that_does_not_write_knows_the_state_to_go_back_to(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher may show its message alone."""
+    other = Team(Accelerator(cpu=True))
+    other.leads = False
+    monkeypatch.setattr(train_values, "team", lambda _: other)
+    settings = (
+        "--max-train-steps 9 --save-every-n-steps 1 --save-state --learning-rate 1e30 --max-grad-norm 0"
+    )
+    assert train(cached, tmp_path, settings) == 2
+    told = " ".join(capfd.readouterr().err.split())
+    assert "The loss became nan at step 2" in told
+    assert f"Go back with --resume {tmp_path}/edit-step00000001-state" in told
+    assert not any(tmp_path.iterdir())
+
+
 def at_work(cached: Cached, folder: Path, settings: str) -> Launch:
     """Two processes that are in the middle of a long run, which writes to `folder`/out."""
     run = launch(folder, *words(cached, folder / "out", f"--max-train-steps 100000 {settings}"))
