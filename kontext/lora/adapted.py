@@ -93,9 +93,7 @@ class _LowRank(torch.autograd.Function):
         bias: Tensor | None,
         needless: bool = False,
     ) -> Tensor:
-        hidden = F.linear(x, down.to(x.dtype))
-        if mask is not None:
-            hidden *= mask
+        hidden = _hidden(x, down, mask)
         ctx.save_for_backward(x, hidden, down, up, mask, weight, by_block)
         ctx.scale, ctx.product = scale, product
         if needless:
@@ -105,6 +103,11 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *_low_rank_gradients(ctx, gradient, *ctx.saved_tensors), *[None] * 7
+
+
+def _hidden(x: Tensor, down: Tensor, mask: Tensor | None) -> Tensor:
+    hidden = F.linear(x, down.to(x.dtype))
+    return hidden if mask is None else hidden.mul_(mask)
 
 
 def _low_rank_gradients(
@@ -139,13 +142,26 @@ class _Stretched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
-        *low_rank, bias, gain = inputs
-        z = _LowRank.forward(ctx, x, *low_rank, None)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        product: type[Product],
+        weight: Tensor,
+        by_block: Tensor | None,
+        bias: Tensor | None,
+        gain: Tensor,
+    ) -> Tensor:
+        hidden = _hidden(x, down, mask)
+        z = product.forth(x, weight, by_block, None).addmm_(hidden, up.to(x.dtype).t(), alpha=scale)
         y = z.addcmul_(z, (gain - 1).to(x.dtype))
         if bias is not None:
             y += bias
-        ctx.save_for_backward(*ctx.to_save, bias, gain, y)
+        ctx.save_for_backward(x, hidden, down, up, mask, weight, by_block, bias, gain, y)
+        ctx.scale, ctx.product = scale, product
         return y
 
     @staticmethod
