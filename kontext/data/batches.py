@@ -7,7 +7,7 @@ before: a resumed run continues where it was, and worker processes change nothin
 import random
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kontext.data.cache import Kind, Latents, read_latents, read_text
 from kontext.data.encode import jobs_of, load
+from kontext.data.fingerprints import digest
 from kontext.data.items import Item, Skips
 from kontext.data.plan import Block, Entry, Part, Status, check_caches, plan_blocks
 from kontext.errors import UserError
@@ -51,11 +52,15 @@ class Group:
 class Batches:
     """The batches of a dataset file, by epoch and index. Safe to copy into worker processes."""
 
-    def __init__(self, groups: Sequence[Group], *, seed: int, vary: bool = True) -> None:
-        """vary: choose captions, and whether references are left out, anew each time; otherwise the first and never."""
+    def __init__(self, groups: Sequence[Group], *, seed: int, vary: bool = True, sources: str = "") -> None:
+        """vary: choose captions, and whether references are left out, anew each time; otherwise the first and never.
+
+        sources: a hash of what the caches were made from, as far as that is known.
+        """
         self.groups = tuple(groups)
         self.seed = seed
         self.vary = vary
+        self.sources = sources
         self._known: tuple[int, tuple[tuple[Entry, ...], ...]] = (-1, ())
 
     @property
@@ -172,8 +177,19 @@ def open_batches(
             f"{path}: no picture can be used; the first is skipped because: {skips.rows[0].reason}"
         )
     return Batches(
-        [group for block in blocks for group in _group(block, texts)], seed=seed, vary=part == "training"
+        [group for block in blocks for group in _group(block, texts)],
+        seed=seed,
+        vary=part == "training",
+        sources=digest(" ".join(_sources([latents[e] for e in entries] + list(texts.values()))).encode()),
     )
+
+
+def _sources(statuses: Iterable[Status]) -> Iterator[str]:
+    """Hashes of the encoders, pictures and masks behind cache files."""
+    for status in statuses:
+        if status.header and (record := status.header.record):
+            stamps = (*record.sources, record.mask) if record.mask else record.sources
+            yield from (record.encoder, *(stamp.content for stamp in stamps))
 
 
 def _unreadable(entries: Sequence[Entry], skips: Skips) -> list[Entry]:

@@ -1,6 +1,8 @@
 """Runs that are broken off or killed end as those that are not."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kontext.cli import main
 from tests.training.command import files, train, words
 from tests.training.dataset import Cached
 
@@ -111,3 +114,27 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cached: Cached, tmp_path: Path) 
     assert train(cached, whole, settings) == 0
     assert (killed / "edit.safetensors").read_bytes() == (whole / "edit.safetensors").read_bytes()
     assert files(killed) == files(whole)
+
+
+def test_pictures_that_were_edited_meanwhile_are_told(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the names and sizes that they had: else a state of the old ones would be as good as one of the new."""
+    root, config = tmp_path / "data", tmp_path / "data" / "dataset.toml"
+    shutil.copytree(cached.config.parent, root)
+    config.write_text(cached.config.read_text().replace(str(cached.config.parent), str(root)))
+    there = dataclasses.replace(
+        cached, config=config, models=[str(config) if w == str(cached.config) else w for w in cached.models]
+    )
+    vae = cached.models[cached.models.index("--vae") + 1]
+    cache = f"cache-latents --dataset-config {config} --vae {vae} --device cpu --num-workers 0".split()
+    assert main(cache) == 0
+    settings = "--max-train-steps 1 --save-state --no-report"
+    assert train(there, tmp_path / "out", settings) == 0
+    os.utime(root / "before" / "0.png")
+    assert train(there, tmp_path / "out", f"{settings} --resume auto") == 0
+    assert "warning" not in capsys.readouterr().err, "it is the same picture"
+    shutil.copy(root / "before" / "2.png", root / "before" / "0.png")
+    assert main(cache) == 0
+    assert train(there, tmp_path / "out", f"{settings} --resume auto") == 0
+    assert "warning: pictures and encoders was " in capsys.readouterr().err
