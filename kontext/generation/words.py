@@ -116,9 +116,18 @@ LETTERS = {
 }
 """The names of options that have a letter too."""
 
+OTHER_NAMES = {
+    "sample_steps": "s",
+    "guidance_scale": "g",
+    "discrete_flow_shift": "fs",
+    "cfg_scale": "l",
+    "control_image_path": "ci",
+}
+"""What musubi-tuner calls these in its files of sample prompts."""
+
 
 def word_key(name: str) -> str | None:
     """The key in WORDS of a letter or an option's name, in any spelling; None for an unknown one."""
     name = name.lower().replace("-", "_")
-    key = LETTERS.get(name, name)
+    key = (LETTERS | OTHER_NAMES).get(name, name)
     return key if key in WORDS else None

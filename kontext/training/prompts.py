@@ -3,28 +3,15 @@
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kontext import console
 from kontext.errors import UserError
+from kontext.generation.prompt_files import from_table
 from kontext.generation.prompts import parse_line
 from kontext.generation.request import Request
 
-# Keys of TOML and JSON files: the field of Request and the types a value may have.
-KEYS: dict[str, tuple[str, type | tuple[type, ...]]] = {
-    "prompt": ("prompt", str),
-    "width": ("width", int),
-    "height": ("height", int),
-    "seed": ("seed", int),
-    "sample_steps": ("steps", int),
-    "guidance_scale": ("guidance", (int, float)),
-    "discrete_flow_shift": ("flow_shift", (int, float)),
-    "cfg_scale": ("true_cfg_scale", (int, float)),
-    "negative_prompt": ("negative_prompt", str),
-    "control_image_path": ("references", (str, list)),
-}
 # What such files may hold for other models, as line options and as keys.
 OTHER_MODELS = {
     "f": "frame_count", "i": "image_path", "ei": "end_image_path", "cn": "control_video_path", "of": "one_frame",
@@ -80,9 +67,13 @@ def _read_toml(text: str, base: Request, path: Path) -> list[Request]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--sample-prompts {path}: is not valid TOML: {error}.") from None
     shared = document.get("prompt", {})
-    if set(document) - {"prompt"} or not isinstance(shared, dict):
+    subsets = shared.pop("subset", []) if isinstance(shared, dict) else None
+    if (
+        set(document) - {"prompt"}
+        or not isinstance(subsets, list)
+        or not all(isinstance(s, dict) for s in subsets)
+    ):
         raise UserError(f"--sample-prompts {path}: expected a table [prompt] with entries [[prompt.subset]].")
-    subsets = shared.pop("subset", [])
     samples = []
     for number, subset in enumerate(subsets, 1):
         where = f"{path}, subset {number}"
@@ -111,18 +102,5 @@ def _json_entry(entry: Any, base: Request, where: str) -> Request:
 
 
 def _entry(entry: Mapping[str, Any], base: Request, where: str) -> Request:
-    changes: dict[str, Any] = {}
-    for key, value in entry.items():
-        if key in (*OTHER_MODELS.values(), "enum"):
-            continue
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key}; known are {', '.join(KEYS)}.")
-        field, kind = KEYS[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} has the wrong type ({value!r}).")
-        changes[field] = value
-    if not changes.get("prompt", base.prompt):
-        raise UserError(f"{where}: there is no prompt.")
-    references = changes.get("references", [])
-    changes["references"] = tuple(map(Path, [references] if isinstance(references, str) else references))
-    return replace(base, **(changes | ({"flow_shift": None} if changes.get("flow_shift") == 0 else {})))
+    others = {*OTHER_MODELS.values(), "enum"}
+    return from_table({key: value for key, value in entry.items() if key not in others}, base, where)

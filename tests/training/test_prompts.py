@@ -68,6 +68,16 @@ def test_toml_shares_keys(tmp_path: Path) -> None:
     assert (two.prompt, two.width, two.seed, two.references) == ("two", 640, 9, (reference,))
 
 
+def test_every_setting_of_a_line_may_stand_in_a_table(tmp_path: Path) -> None:
+    text = (
+        "[[prompt.subset]]\nprompt = 'a'\nguidance_scale = 3\ncfg_scale = 2.0\nnegative_prompt = 'b'\n"
+        "discrete_flow_shift = 1.5\nsampler = 'heun'\nstitch = true\nframe_count = 1\n"
+    )
+    (entry,) = read(tmp_path, "p.toml", text)
+    (line,) = read(tmp_path, "p.txt", "a --g 3 --l 2 --n b --fs 1.5 --sampler heun --stitch")
+    assert entry == line and (entry.guidance, entry.true_cfg_scale, entry.flow_shift) == (3.0, 2.0, 1.5)
+
+
 def test_json_holds_strings_and_objects(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
@@ -93,11 +103,27 @@ def test_json_holds_strings_and_objects(tmp_path: Path) -> None:
             r"width is given in \[prompt\]",
         ),
         ("p.toml", "prompts = 1", "expected a table"),
+        ("p.toml", "[prompt.subset]\nprompt = 'a'", "expected a table"),
         ("p.toml", "x", "not valid TOML"),
         ("p.json", "{}", "expected a list"),
-        ("p.json", '[{"prompt": "a", "colour": 1}]', "unknown key colour"),
-        ("p.json", '[{"prompt": "a", "width": "wide"}]', "width has the wrong type"),
-        ("p.json", '[{"width": 64}]', "no prompt"),
+        ("p.json", '[{"prompt": "a", "colour": 1}]', "entry 1: unknown setting colour"),
+        (
+            "p.json",
+            '[{"prompt": "a", "width": "wide"}]',
+            "entry 1: width needs a width in pixels, not 'wide'",
+        ),
+        ("p.json", '[{"width": 64}]', "entry 1: prompt must be a text that is not empty"),
+        ("p.json", '[{"prompt": "a", "sample_steps": 0}]', "entry 1: sample_steps needs a number of steps"),
+        (
+            "p.toml",
+            "[[prompt.subset]]\nprompt = 'a'\ndiscrete_flow_shift = -1",
+            "subset 1: discrete_flow_shift needs",
+        ),
+        (
+            "p.json",
+            '[{"prompt": "a", "control_image_path": [null]}]',
+            "entry 1: control_image_path cannot be null",
+        ),
     ],
 )
 def test_faults_are_named(tmp_path: Path, name: str, text: str, words: str) -> None:
