@@ -63,6 +63,9 @@ def run(options: Train) -> None:
         return show_timesteps(options, batches, names)
     held = train_data.held(options, names)
     plan = values.plan(options, len(batches.sizes(0)), team.size)
+    values.rate(
+        options, plan, options.learning_rate
+    )  # it fails now, if it does, and not with all models loaded
     settings = train_course.course(options, batches, plan, seed)
     _check_together(team, {"steps done": start.progress.step, **settings})
     _check_same(start, settings, plan)

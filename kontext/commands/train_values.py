@@ -123,15 +123,16 @@ def updates(
     return Updates(
         parameters=parameters,
         optimizer=make_optimizer(options.optimizer_type, groups, arguments=arguments),
-        rates=[_rate(options, plan, group["lr"]) for group in groups],
+        rates=[rate(options, plan, group["lr"]) for group in groups],
         max_norm=options.max_grad_norm,
         scaler=GradScaler(device.type, enabled=scaled),
     )
 
 
-def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
+def rate(options: Train, plan: Plan, peak: float) -> LearningRate:
+    """How a learning rate `peak` changes. Raises UserError for a scheduler that cannot be had, or has other arguments."""
     arguments = parse_arguments(options.lr_scheduler_args, "--lr-scheduler-args")
-    rate = LearningRate(
+    own = LearningRate(
         peak=peak,
         schedule=options.lr_scheduler,
         total=plan.steps,
@@ -143,7 +144,7 @@ def _rate(options: Train, plan: Plan, peak: float) -> LearningRate:
         timescale=options.lr_scheduler_timescale,
     )
     kind = options.lr_scheduler_type
-    return adjusted(rate, arguments) if kind is None else followed(rate, kind, arguments)
+    return adjusted(own, arguments) if kind is None else followed(own, kind, arguments)
 
 
 def steps(value: float, total: int) -> int:

@@ -109,7 +109,8 @@ class Optimization(Options):
     """Optimizer"""
 
     optimizer_type: str = option(
-        "adamw, adamw8bit, pagedadamw8bit, lion8bit, adafactor, prodigy, adamwschedulefree, sgd, or module.Class.",
+        "adamw, adamw8bit, pagedadamw8bit, lion8bit, adafactor, prodigy, adamwschedulefree, sgd, or module.Class "
+        "(of torch.optim: Class).",
         default="adamw",
     )
     optimizer_args: Pairs = option("Its arguments as key=value, such as weight_decay=0.01.", default=[])
@@ -119,8 +120,8 @@ class Optimization(Options):
         "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "rex",
     ] = option("How the learning rate changes.", default="constant")  # fmt: skip
     lr_scheduler_type: str | None = option(
-        "A scheduler of torch's kind instead, as module.Class, such as torch.optim.lr_scheduler.OneCycleLR; it begins after "
-        "the warmup.",
+        "A scheduler of torch's kind instead, as module.Class, or Class alone of torch's own, such as OneCycleLR; it begins "
+        "after the warmup.",
         default=None,
     )
     lr_scheduler_args: Pairs = option(

@@ -90,7 +90,7 @@ class Updates:
         for group, value in zip(self.optimizer.param_groups, values, strict=True):
             group["lr"] = value
         groups = self.optimizer.param_groups
-        return tuple(value * group.get("d", 1.0) for group, value in zip(groups, values, strict=True))
+        return tuple(value * float(group.get("d", 1.0)) for group, value in zip(groups, values, strict=True))
 
     def apply(self, team: Team) -> Tensor:
         """One optimizer step; the norm that the gradients had before clipping (max_norm 0: no clipping)."""

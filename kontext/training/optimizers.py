@@ -33,13 +33,16 @@ PACKAGES = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigyopt", "schedul
 def class_of(name: str) -> tuple[type[Optimizer], dict[str, Value]]:
     """The optimizer class `name` means, and its arguments: a known name in any spelling, or `module.Class`.
 
+    Without a module a class is torch.optim's.
+
     Raises UserError for an unknown name, a package that is not installed, a class that is no optimizer.
     """
     key = name.lower().replace("_", "").replace("-", "")
-    if key not in OPTIMIZERS and "." not in name:
+    own = name if "." in name else f"torch.optim.{name}"
+    if key not in OPTIMIZERS and "." not in name and not hasattr(torch.optim, name):
         known = ", ".join(OPTIMIZERS)
         raise UserError(f"--optimizer-type {name}: not known. Use one of {known}, or module.Class.")
-    path, arguments = OPTIMIZERS.get(key, (name, {}))
+    path, arguments = OPTIMIZERS.get(key, (own, {}))
     module, _, attribute = path.rpartition(".")
     try:
         found = getattr(import_module(module), attribute)

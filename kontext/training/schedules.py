@@ -161,7 +161,7 @@ def adjusted(rate: LearningRate, arguments: Mapping[str, Value]) -> LearningRate
 
 
 def followed(rate: LearningRate, path: str, arguments: Mapping[str, Value]) -> LearningRate:
-    """`rate` as the scheduler `path` (module.Class, of torch's kind) changes it after the warmup.
+    """`rate` as the scheduler `path` (module.Class of torch's kind, or torch's own Class) changes it after the warmup.
 
     It is run through once, before training, so that a run that goes on needs no state of it. Raises UserError for
     what is no scheduler, does not take the arguments, or goes by more than the step.
@@ -183,7 +183,7 @@ def followed(rate: LearningRate, path: str, arguments: Mapping[str, Value]) -> L
 def _scheduler_class(path: str) -> type[LRScheduler]:
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        found = getattr(import_module(module or "torch.optim.lr_scheduler"), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"--lr-scheduler-type {path}: cannot be imported ({error}); it is module.Class."

@@ -26,6 +26,11 @@ NARROW = "--timestep-sampling logsnr --logit-std 0.01 --max-timestep 1 --preserv
         ("--optimizer-type torch.optim.LBFGS", "LBFGS: cannot take a step here"),
         ("--optimizer-type torch.optim.SparseAdam", "does not support dense gradients"),
         ("--optimizer-args wrong=1", "--optimizer-args"),
+        (
+            "--lr-scheduler cosine --lr-scheduler-args min_lr=1",
+            "--lr-scheduler-args: cosine has no argument min_lr",
+        ),
+        ("--lr-scheduler-type Nowhere", "--lr-scheduler-type Nowhere: cannot be imported"),
         ("--logging-dir {file}/logs", "--logging-dir {file}/logs: cannot be written to"),
         ("--logging-dir {folder} --log-tracker-config {file}", "--log-tracker-config {file}: "),
         ("--network-weights {folder}/none", "--network-weights: there is no file or folder {folder}/none"),

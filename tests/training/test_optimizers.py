@@ -50,7 +50,7 @@ def test_names() -> None:
 
     assert class_of("AdamW8bit")[0] is bitsandbytes.optim.AdamW8bit
     assert class_of("paged_adamw_8bit")[0] is bitsandbytes.optim.PagedAdamW8bit
-    assert class_of("torch.optim.RMSprop")[0] is torch.optim.RMSprop
+    assert class_of("torch.optim.RMSprop")[0] is class_of("RMSprop")[0] is torch.optim.RMSprop
 
 
 @pytest.mark.parametrize(

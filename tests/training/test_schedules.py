@@ -69,7 +69,10 @@ def test_wrong_arguments_are_named(schedule: str, arguments: dict, words: str) -
 
 def test_a_scheduler_of_torch_begins_after_the_warmup() -> None:
     rate = LearningRate(PEAK, "constant", TOTAL, warmup=WARMUP)
-    rate = followed(rate, "torch.optim.lr_scheduler.StepLR", {"step_size": 10, "gamma": 0.5})
+    arguments = {"step_size": 10, "gamma": 0.5}
+    short = followed(rate, "StepLR", arguments)
+    rate = followed(rate, "torch.optim.lr_scheduler.StepLR", arguments)
+    assert short.factors == rate.factors
     factors = [rate.factor(step) for step in range(TOTAL + 3)]
     assert factors[:WARMUP] == [step / WARMUP for step in range(WARMUP)]
     assert factors[WARMUP:] == pytest.approx(
