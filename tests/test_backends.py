@@ -6,8 +6,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
-from kontext.backends import attention_backend, in_parts, use_attention
+from kontext.backends import attention_backend, cudnn_first, in_parts, use_attention
 from kontext.errors import UserError
 from kontext.model.transformer import Transformer, TransformerConfig
 from tests.memory.live import Live
@@ -55,6 +56,26 @@ def test_missing_package_is_named(monkeypatch, mode):
     monkeypatch.setattr("kontext.backends.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"--attn-mode {mode} needs the package .* not installed"):
         attention_backend(mode)
+
+
+@pytest.mark.parametrize(
+    ("capability", "first"), [((12, 0), "CUDNN_ATTENTION"), ((9, 0), None), ((8, 9), None)]
+)
+def test_the_kernel_that_torch_overlooks_comes_first_on_rtx_50(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    attend, plain = attention_backend("sdpa", torch.device("cuda")), torch._C._get_sdp_priority_order()
+    seen = []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *qkv: seen.append(torch._C._get_sdp_priority_order())
+    )
+    attend(Q, K, V)
+    expected = [getattr(SDPBackend, first).value] if first else plain[:1]
+    assert seen[0][:1] == expected and torch._C._get_sdp_priority_order() == plain
+
+
+def test_the_kernel_that_comes_first_is_compiled_too():
+    compiled = torch.compile(cudnn_first, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(Q, K, V), F.scaled_dot_product_attention(Q, K, V))
 
 
 def test_backend_reaches_every_block():

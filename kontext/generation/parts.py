@@ -183,7 +183,7 @@ def open_transformer(
         on_host=runtime.placement.on_host,
     )
     _tell_of_products(model, runtime, path)
-    attend = attention_backend(runtime.attention)
+    attend = attention_backend(runtime.attention, runtime.device)
     use_attention(model, in_parts(attend) if runtime.split_attention else attend)
     if runtime.compiled:
         compile_blocks(model, runtime.device)
