@@ -14,7 +14,7 @@ from kontext.allocation import reuse_freed_memory
 from kontext.errors import UserError
 from kontext.options import COMMANDS
 from kontext.options.argv import canonical
-from kontext.options.base import Options
+from kontext.options.base import Options, flag_name
 from kontext.options.config_file import render
 from kontext.options.reference import sections
 from kontext.options.resolve import resolve
@@ -70,6 +70,17 @@ def _report(error: Exception, model: type[Options]) -> int:
         options = [words for name, words in MEMORY_ADVICE.items() if name in model.model_fields]
         remedy = f" Try {', '.join(options)}." if options else ""
         console.error(f"Out of memory.{remedy} ({_first_line(error)})")
+        return 2
+    if str(error).startswith("DataLoader worker"):  # torch, of a process of its own
+        fewer = [
+            flag_name(name)
+            for name in ("max_data_loader_n_workers", "num_workers")
+            if name in model.model_fields
+        ]
+        console.error(
+            f"A process that reads files has died, most often of memory. Try fewer ({', '.join(fewer)}); 0 reads in the "
+            f"process itself. ({_first_line(error)})"
+        )
         return 2
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""

@@ -1,6 +1,8 @@
 """The program from outside: what it prints, and its exit codes."""
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -9,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
 
 from kontext import __version__, cli, console
 from kontext.errors import UserError
 from kontext.options import COMMANDS, Command
 from kontext.options.base import Options
+from kontext.options.cache import CacheLatents
 from kontext.options.resolve import resolve
 from tests.options.models import Everything
 
@@ -159,6 +163,27 @@ def test_advice_for_memory_names_only_options_of_the_command(capsys: pytest.Capt
 
     cli.guarded(run, debug=False, model=Everything)
     assert capsys.readouterr().err == "error: Out of memory. Try a smaller --image-size. (x)\n"
+
+
+class Dying(Dataset[None]):
+    """Whoever reads it is killed, as by a system that has no memory left."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed_is_no_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        next(iter(DataLoader(Dying(), num_workers=1)))
+
+    assert cli.guarded(run, debug=False, model=CacheLatents) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(
+        "error: A process that reads files has died, most often of memory. Try fewer (--num-workers)"
+    )
 
 
 def test_debug_shows_the_traceback(
