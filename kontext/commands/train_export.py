@@ -25,7 +25,7 @@ from kontext.training.metadata import (
     without_network,
 )
 from kontext.training.plan import Plan
-from kontext.training.trained import Trained
+from kontext.training.trained import Adapters, Trained
 
 
 def export(
@@ -47,6 +47,8 @@ def export(
         "seed": seed,
         "lr_warmup_steps": values.steps(options.lr_warmup_steps, plan.steps),
     }
+    if options.dim_from_weights and isinstance(trained, Adapters):
+        settings |= _sizes(trained)
     fields = training_fields(settings, about)
     return Export(
         trained=trained,
@@ -57,6 +59,15 @@ def export(
         plan=plan,
         weights=weights,
     )
+
+
+def _sizes(trained: Adapters) -> dict[str, int | float | str]:
+    """Rank and alpha as they are, or `Dynamic` where modules differ, as sd-scripts' tools write it."""
+    found = {
+        "network_dim": {adapter.rank for adapter in trained.adapters.values()},
+        "network_alpha": {adapter.alpha for adapter in trained.adapters.values()},
+    }
+    return {name: sizes.pop() if len(sizes) == 1 else "Dynamic" for name, sizes in found.items()}
 
 
 def _facts(options: Train, batches: Batches, plan: Plan, seed: int, optimizer: Optimizer) -> Facts:

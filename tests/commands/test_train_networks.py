@@ -76,6 +76,10 @@ def test_sizes_come_from_the_weights(cached: Cached, tmp_path: Path) -> None:
         main(words(cached, tmp_path / "next", *again, "--learning-rate", "1e-12", "--max-train-steps", "1"))
         == 0
     )
+    told = metadata(tmp_path / "next" / "edit.safetensors")
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("Dynamic", "Dynamic"), (
+        "not what was asked for"
+    )
     old, new = load_file(file), load_file(tmp_path / "next" / "edit.safetensors")
     assert old.keys() == new.keys()
     for name, tensor in old.items():
