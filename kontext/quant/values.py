@@ -160,6 +160,10 @@ def dequantise(
         return weight.to(dtype)
     if weight.dtype == torch.uint8:
         return four.unpack(weight, scale, dtype)
+    if (
+        weight.dtype == torch.int8 and scale.dtype == dtype and room is None
+    ):  # one pass: 8-bit floats take two
+        return (weight.view(*scale.shape, -1) * scale[..., None]).view(weight.shape)
     plain = (weight.new_empty(weight.shape, dtype=dtype) if room is None else room).copy_(weight)
     if scale is not None:
         plain.view(len(scale), scale.shape[1], -1).mul_(scale[..., None])

@@ -5,6 +5,7 @@ import torch
 
 from kontext.quant import BLOCK, FP8, dequantise, quantise, values
 from kontext.quant.values import _round_to_fp8
+from tests.memory.live import Calls
 
 MODES = ("fp8", "fp8_scaled", "fp8_fast", "int8", "int8_fast", "nf4")
 EXACT_MODES = MODES[:-1]
@@ -118,3 +119,10 @@ def test_dequantised_in_every_dtype(mode, dtype):
     found = dequantise(quantised.weight, quantised.scale, dtype)
     assert found.dtype == dtype
     torch.testing.assert_close(found, exact, rtol=0, atol=0)
+
+
+def test_whole_numbers_are_restored_in_one_pass():
+    quantised = quantise(draw(16, 128), "int8")
+    with Calls() as calls:
+        dequantise(quantised.weight, quantised.scale, torch.bfloat16)
+    assert set(calls) - {"view", "unsqueeze"} == {"mul"} and calls["mul"] == 1
