@@ -88,12 +88,19 @@ def _product(
         columns = columns.t().contiguous().t()
     if rows.dtype == FP8:
         return _fp8_product(rows, columns, by_row, by_column, bias, dtype)
-    out = _whole_product(rows, columns) * by_row
+    return _scaled(_whole_product(rows, columns), by_row, by_column, bias, dtype)
+
+
+def _scaled(
+    sums: Tensor, by_row: Tensor, by_column: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """by_row * sums * by_column + bias in `dtype`, of sums (n, m) in int32. A GPU takes a pass for each scale, no more."""
+    out = by_row.new_empty(sums.shape, dtype=dtype)
     if by_column is not None:
-        out *= by_column.float().view(1, -1)
-    if bias is not None:
-        out += bias
-    return out.to(dtype)
+        sums, by_row = sums * by_row, by_column.float().view(1, -1)
+    if bias is None:
+        return torch.mul(sums, by_row, out=out)
+    return torch.addcmul(bias.float(), sums, by_row, out=out)
 
 
 def _whole_product(rows: Tensor, columns: Tensor) -> Tensor:

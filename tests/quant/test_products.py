@@ -106,6 +106,17 @@ def test_rows_are_rounded_to_fp8_in_one_pass():
     assert torch.equal(values.float(), (x.float() / by_row).to(FP8).float())
 
 
+def test_sums_of_whole_numbers_are_scaled_in_two_passes():
+    """And in one backward. What rounds to 16 bits is the last of them."""
+    rounded, x, bias = quantise(draw(64, 96), "int8_fast"), draw(40, 96).bfloat16(), draw(64)
+    with Calls() as calls:
+        multiply(x, rounded.weight, rounded.scale, bias)
+    assert (calls["mul"], calls["addcmul"]) == (1, 1) and calls["mul_"] + calls["add_"] == 0
+    with Calls() as calls:
+        multiply_back(draw(40, 64).bfloat16(), rounded.weight, None)
+    assert calls["mul"] == 1
+
+
 def test_what_is_not_a_number_shows(mode, weight):
     rounded, x = quantise(weight, mode), draw(2, 768)
     x[1, 5] = torch.inf
