@@ -18,7 +18,6 @@ from kontext.training.footprint import optimizer_bytes
 from kontext.training.names import Names
 from kontext.training.network import Network
 from kontext.training.optimizers import class_of
-from kontext.training.previews import FOLDER
 
 TRIED = (8, 8)  # the shape of a parameter that the optimizer takes a step with
 
@@ -53,7 +52,7 @@ def check_places(names: Names) -> None:
     """Raises UserError where something else lies in a place of the run's files: the end of the run is too late for that,
     and a folder of weights would take the place of a folder of anything.
     """
-    final, samples = names.final(), names.folder / FOLDER
+    final, samples = names.final(), names.samples
     if samples.exists() and not samples.is_dir():
         raise UserError(f"{samples} is a file, where the folder of sample pictures goes: move it away.")
     if not final.exists() or final.is_dir() == (names.weights == "") and _holds_weights_alone(final):

@@ -7,7 +7,6 @@ from kontext.options.train import Train
 from kontext.training.journal import HISTORY, REPORT, Journal
 from kontext.training.names import Names
 from kontext.training.plan import Plan
-from kontext.training.previews import FOLDER
 from kontext.training.report import About, Setting, versions
 from kontext.training.session import Start
 from kontext.training.team import Team
@@ -21,7 +20,7 @@ def journal(options: Train, names: Names, plan: Plan, start: Start, *, seed: int
         plan=plan,
         settings=settings(options, seed),
         versions=versions(team.device),
-        samples=names.folder / FOLDER,
+        samples=names.samples,
     )
     return Journal(
         names.final(HISTORY),

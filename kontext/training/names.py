@@ -8,6 +8,7 @@ from pathlib import Path
 ADAPTER = ".safetensors"
 AVERAGE = "-ema"
 STATE = "-state"
+SAMPLES = "sample"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Names:
         """The weights with the lowest validation loss."""
         return self.final("-best" + self.weights)
 
+    @property
+    def samples(self) -> Path:
+        """The folder of the sample pictures, of runs of all names."""
+        return self.folder / SAMPLES
+
     def epochs(self, ending: str) -> dict[int, Path]:
         """What has been written at epochs, by epoch."""
         return self._numbered(r"-(\d{6,})", ending)
@@ -59,9 +65,11 @@ class Names:
             + r"(-\d{6,}|-step\d{8,}|-best)?(-ema)?(\.safetensors|\.html|\.history\.jsonl)?\.\d+-[0-9a-f]+\.tmp"
         )
         own = [path for path in self._listing() if pattern.fullmatch(path.name)]
-        return own + [
-            path for state in self.states() if state.is_dir() for path in state.glob(".kontext-*.tmp")
-        ]
+        states = [path for state in self.states() if state.is_dir() for path in state.glob(".kontext-*.tmp")]
+        mark = re.compile(r"\.kontext-" + re.escape(self.stem) + r"_(e?\d{6,}_.*)\.tmp")
+        return (
+            own + states + [path for path in self.samples.glob(".kontext-*.tmp") if mark.fullmatch(path.name)]
+        )
 
     def _numbered(self, pattern: str, ending: str) -> dict[int, Path]:
         full = re.compile(re.escape(self.stem) + pattern + re.escape(ending))

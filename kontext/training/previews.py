@@ -23,7 +23,6 @@ from kontext.training.plan import Plan
 from kontext.training.team import Team
 from kontext.training.validation import evaluating
 
-FOLDER = "sample"
 CELL = 512  # pixels: the height of a row of the grid
 GAP = 8
 STEPS, GUIDANCE = 20, 2.5
@@ -123,7 +122,7 @@ class Previews:
         self.team = team
         self.weights = weights
         self.broken_off = False
-        self.folder = names.folder / FOLDER
+        self.folder = names.samples
         self.name = names.stem
         self.drawn = drawn
 

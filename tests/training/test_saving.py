@@ -99,8 +99,12 @@ def test_what_a_killed_run_has_left_is_cleared_up(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         kept.rename(kept.with_suffix(".tmp"))
     (tmp_path / ".kontext-a.1-0.tmp").mkdir()
+    (tmp_path / "sample").mkdir()
+    for name in ("a_000004_00_20261123154359_42_000.png", "a_e000004_grid.png", "a_b_000004_grid.png"):
+        (tmp_path / "sample" / f".kontext-{name}.1-0.tmp").touch()
     saver.tidy(12)
     assert names(tmp_path) == sorted(
-        [*expected, ".kontext-a-2.safetensors.1-0.tmp", ".kontext-b.safetensors.1-0.tmp"]
+        [*expected, ".kontext-a-2.safetensors.1-0.tmp", ".kontext-b.safetensors.1-0.tmp", "sample"]
     )
+    assert [path.name for path in (tmp_path / "sample").iterdir()] == [".kontext-a_b_000004_grid.png.1-0.tmp"]
     assert [path.name for path in (tmp_path / "a-state").iterdir()] == ["state"]
