@@ -21,12 +21,21 @@ def pinned(nbytes: int) -> Tensor:
     """
     if not (torch.cuda.is_available() and nbytes):
         return torch.empty(nbytes, dtype=torch.uint8)
-    whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = torch.empty(whole + mmap.PAGESIZE, dtype=torch.uint8)
-    start = -memory.data_ptr() % mmap.PAGESIZE
-    locked = memory[start : start + nbytes]
-    _lock(locked, whole)
+    locked = torch.frombuffer(_pages(nbytes), dtype=torch.uint8)
+    _lock(locked, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
     return locked
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Pages that a process which is started from this one does not inherit, as those that load batches are.
+
+    Locked pages cannot be shared with it until one of the two writes: the system would copy all of them at once.
+    """
+    if not hasattr(mmap, "MADV_DONTFORK"):  # not on Linux
+        return mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)
+    return pages
 
 
 def _lock(memory: Tensor, nbytes: int) -> None:

@@ -2,6 +2,8 @@
 
 import gc
 import mmap
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +73,22 @@ def test_weights_on_the_host_stay_locked(runtime, make):
     del holder, base
     gc.collect()
     assert not runtime.locked
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="a matter of Linux")
+def test_processes_that_load_batches_get_no_copy(runtime):
+    """Linux copies what a device may be reading at once when a process forks: gigabytes for each of them."""
+    memory = pinned(50_000)
+    memory.fill_(7)
+    (child := os.fork()) or os._exit(_is_mapped(memory.data_ptr()))
+    assert _is_mapped(memory.data_ptr())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (memory == 7).all()
+
+
+def _is_mapped(address):
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
 
 
 def test_no_memory_is_left(runtime, monkeypatch):
