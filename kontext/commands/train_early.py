@@ -65,9 +65,9 @@ def check_places(names: Names) -> None:
 
 def _holds_weights_alone(path: Path) -> bool:
     """Whether a folder is empty or that of a checkpoint; files are what they are."""
-    inside = list(path.iterdir()) if path.is_dir() else []
-    kinds = {each.suffix if each.is_file() else "/" for each in inside}
-    return not kinds or {".safetensors"} <= kinds <= {".safetensors", ".json"}
+    inside = path.iterdir() if path.is_dir() else ()
+    endings = (".safetensors", ".safetensors.index.json", "config.json")
+    return all(each.is_file() and each.name.endswith(endings) for each in inside)
 
 
 def _check_adapters(options: Train) -> None:
