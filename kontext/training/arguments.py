@@ -1,6 +1,7 @@
 """`key=value` arguments of optimizers and networks."""
 
 import ast
+import warnings
 from collections.abc import Sequence
 
 from kontext.errors import UserError
@@ -27,6 +28,8 @@ def parse_arguments(words: Sequence[str], option: str) -> dict[str, Value]:
 
 def _value(text: str) -> Value:
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the backslashes of regexes
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text

@@ -31,6 +31,12 @@ def test_arguments_are_values() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error")
+def test_regexes_in_a_list_are_read_without_remarks() -> None:
+    words = [r"exclude_patterns=['.*\.0\..*', 'a']"]
+    assert parse_arguments(words, "--x") == {"exclude_patterns": [r".*\.0\..*", "a"]}
+
+
 @pytest.mark.parametrize("words", [["a"], ["=1"], ["a=1", "a=2"]])
 def test_bad_arguments(words: list[str]) -> None:
     with pytest.raises(UserError, match="--optimizer-args"):
