@@ -116,6 +116,10 @@ class Part(Generic[T]):
             self._model = self._load()
         return self._model
 
+    @property
+    def loaded(self) -> bool:
+        return self._model is not None
+
     def free(self) -> None:
         """Let the model go and hand its memory back to the device and the system."""
         if self._model is None:

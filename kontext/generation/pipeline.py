@@ -25,6 +25,7 @@ from kontext.generation.parts import (
     ModelFiles,
     Part,
     Runtime,
+    TextEncoders,
     open_autoencoder,
     open_text_encoders,
     open_transformer,
@@ -35,6 +36,7 @@ from kontext.generation.sizes import output_size
 from kontext.generation.stages import Conditioned, Framed, Text
 from kontext.lora.merge import spread
 from kontext.lora.strength import Multiplier, Strength, as_strength
+from kontext.model.autoencoder import Autoencoder
 from kontext.model.latents import LATENT_FACTOR
 from kontext.model.text import encode_clip, encode_t5
 from kontext.model.transformer import Transformer
@@ -51,7 +53,7 @@ class Kontext:
         self._strengths = self._own_strengths()
         self._attached: list[Strength] | None = None  # the strengths that attached LoRAs go by
         self.autoencoder = Part(lambda: open_autoencoder(files, runtime))
-        self.text_encoders = Part(lambda: open_text_encoders(files, runtime))
+        self.text_encoders = Part(lambda: self._load_text_encoders(files))
         self.transformer = Part(lambda: self._load_transformer(files))
         self._texts: dict[str, Text] = {}
         self._colours: Colours | None = None
@@ -135,7 +137,7 @@ class Kontext:
         return self._encode(at_size(opened.image, size, request))
 
     def _encode(self, image: Image.Image) -> Tensor:
-        model = self.autoencoder()
+        model = self._autoencoder_at_work()
         pixels = to_tensor(image)[None].to(self.runtime.device, self.runtime.vae_dtype)
         return model.encode(pixels).float().cpu()
 
@@ -199,7 +201,20 @@ class Kontext:
         self.runtime.placement.apply(model, self.runtime.device)
         return model
 
+    def _autoencoder_at_work(self) -> Autoencoder:
+        return self.autoencoder().to(self.runtime.device)
+
+    def _make_room(self) -> None:
+        """Let the autoencoder, which is needed before and after the larger models, wait on the host meanwhile."""
+        if self.autoencoder.loaded and not self.runtime.keep:
+            self.autoencoder().cpu()
+
+    def _load_text_encoders(self, files: ModelFiles) -> TextEncoders:
+        self._make_room()
+        return open_text_encoders(files, self.runtime)
+
     def _load_transformer(self, files: ModelFiles) -> Transformer:
+        self._make_room()
         model, self._attached = open_transformer(files, self.runtime, self.loras, self._strengths)
         return model
 
@@ -237,7 +252,7 @@ class Kontext:
     def colours(self) -> Colours:
         """The colours of latents, learned from the autoencoder once."""
         if self._colours is None:
-            self._colours = fit_colours(self.autoencoder())
+            self._colours = fit_colours(self._autoencoder_at_work())
         return self._colours
 
     @torch.no_grad()
@@ -246,7 +261,7 @@ class Kontext:
 
         Raises UserError for a latent of another autoencoder, and when decoding yields NaN.
         """
-        model, dtype = self.autoencoder(), self.runtime.vae_dtype
+        model, dtype = self._autoencoder_at_work(), self.runtime.vae_dtype
         channels = model.config.latent_channels
         if latent.shape[1] != channels:
             raise UserError(

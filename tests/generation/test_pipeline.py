@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from kontext.errors import UserError
-from kontext.generation import batch
+from kontext.generation import batch, pipeline
 from kontext.generation.denoising import true_guidance
 from kontext.generation.outputs import Writer
 from kontext.generation.parts import ModelFiles, Runtime
 from kontext.generation.pipeline import Kontext
 from kontext.generation.request import Request
 from kontext.memory.placement import Placement
+from kontext.model.autoencoder import Autoencoder
 
 SMALL = {"width": 64, "height": 64, "steps": 1, "seed": 1, "resize_references": False}
 
@@ -66,6 +67,23 @@ def test_large_models_are_let_go_after_their_stage_unless_kept(kontext, files):
     kept = keeping.text_encoders()
     keeping.release(keeping.text_encoders)
     assert keeping.text_encoders() is kept
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_autoencoder_waits_on_the_host_while_larger_models_work(kontext, photo, monkeypatch, keep):
+    events, load = [], pipeline.open_transformer
+    for name in ("cpu", "encode", "decode"):
+        plain = getattr(Autoencoder, name)
+        monkeypatch.setattr(
+            Autoencoder, name, lambda self, *x, plain=plain, name=name: events.append(name) or plain(self, *x)
+        )
+    read = pipeline.open_text_encoders
+    monkeypatch.setattr(pipeline, "open_text_encoders", lambda *x: events.append("text") or read(*x))
+    monkeypatch.setattr(pipeline, "open_transformer", lambda *x: events.append("transformer") or load(*x))
+    kontext.runtime = replace(kontext.runtime, keep=keep)
+    kontext.picture(Request("x", (photo,), **SMALL))
+    aside = [] if keep else ["cpu"]
+    assert events == ["encode", *aside, "text", *aside, "transformer", "decode"]
 
 
 def test_a_text_is_encoded_once(kontext, monkeypatch):
