@@ -92,7 +92,9 @@ def _forecast(options: Train, run: Run, outline: Outline) -> Forecast:
     tensors, sizes = len(outline.trained.parameters), outline.needs.trained
     files = 2 if options.ema_decay is not None else 1
     adapter = outline.trained.file_bytes + 2 * tensors * HEADER + FIELDS
-    state = outline.processes * (sizes.nbytes * files + sizes.optimizer) + 4 * tensors * HEADER + FIELDS
+    state = (
+        outline.processes * (sizes.nbytes + sizes.average + sizes.optimizer) + 4 * tensors * HEADER + FIELDS
+    )
     return forecast(
         values.rules(options),
         run.plan,

@@ -113,11 +113,15 @@ class Trained:
     def nbytes(self) -> int:
         return self.parameters * self.itemsize
 
+    @property
+    def average(self) -> int:
+        """Bytes of the moving average, which is float32 whatever the weights are."""
+        return self.parameters * FLOAT32 if self.averaged else 0
+
     def parts(self) -> tuple[Part, ...]:
         """What is there all the time."""
         name = "trained weights" if self.replaces else "adapter"
-        average = self.parameters * FLOAT32 if self.averaged else 0
-        return Part(name, self.nbytes + average), Part("optimizer", self.optimizer)
+        return Part(name, self.nbytes + self.average), Part("optimizer", self.optimizer)
 
 
 def weight_parts(placed: Placed) -> tuple[Part, ...]:

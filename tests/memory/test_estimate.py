@@ -174,3 +174,8 @@ def test_the_worst_moment_of_reading_a_prompt():
     with Live() as live, torch.no_grad():
         model(ids)
     assert reading_text(0, heads=4, length=256, width=64).device == pytest.approx(live.peak, rel=0.3)
+
+
+def test_the_average_is_float32_beside_weights_in_bfloat16():
+    whole = Trained(parameters=100, optimizer=400, itemsize=2, averaged=True, replaces=200)
+    assert [part.device for part in whole.parts()] == [100 * 2 + 100 * 4, 400]
