@@ -78,4 +78,9 @@ def _attached(
             console.warn(
                 f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}."
             )
+        if unused := sorted({name.removesuffix(".weight") for name in file.deltas} - modules.keys()):
+            console.warn(
+                f"{options.network_weights}: {len(unused)} modules in it, such as {unused[0]}, are not trained here and left "
+                "out. include_patterns of --network-args or --dim-from-weights keep them."
+            )
     return Adapters(modules, resolve_dtype(options.save_precision or "float32"))

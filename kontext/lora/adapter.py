@@ -8,7 +8,7 @@ from torch import nn
 
 from kontext.errors import UserError
 from kontext.lora.linear import AdapterLinear, LoraLinear
-from kontext.lora.patterns import compile_patterns, matches_any
+from kontext.lora.patterns import left_by
 
 DEFAULT_EXCLUDE = (
     r"(?!(double|single)_blocks\.).*",
@@ -79,9 +79,8 @@ def targets(
     Patterns are regular expressions that must match a whole name. `exclude_patterns` add to the default
     exclusion; a name that `include_patterns` match is taken whatever excludes it.
     """
-    exclude = compile_patterns((*DEFAULT_EXCLUDE, *exclude_patterns))
-    include = compile_patterns(include_patterns)
-    names = [n for n, _ in linears(model) if matches_any(include, n) or not matches_any(exclude, n)]
+    everything = (name for name, _ in linears(model))
+    names = left_by((*DEFAULT_EXCLUDE, *exclude_patterns), include_patterns, everything)
     if not names:
         raise UserError(
             "No layer is left to train: the exclude patterns match all of them. "

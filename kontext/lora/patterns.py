@@ -15,6 +15,12 @@ def matches_any(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in patterns)
 
 
+def left_by(exclude: Sequence[str], include: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names that `exclude` does not match, and those that `include` brings back."""
+    excluding, including = compile_patterns(exclude), compile_patterns(include)
+    return [n for n in names if matches_any(including, n) or not matches_any(excluding, n)]
+
+
 def idle_patterns(
     names: Collection[str], include: Sequence[str], exclude: Sequence[str], *, always: Sequence[str]
 ) -> Iterator[str]:

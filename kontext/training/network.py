@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from kontext.errors import UserError
-from kontext.lora.adapter import Size, targets, wrap
+from kontext.lora.adapter import Size, linears, targets, wrap
 from kontext.lora.dora import DoraLinear
 from kontext.lora.files import AdapterFile
 from kontext.lora.linear import AdapterLinear, LoraLinear
-from kontext.lora.patterns import compile_patterns
+from kontext.lora.patterns import compile_patterns, left_by
 from kontext.lora.products import LohaLinear, LokrLinear
 from kontext.lora.sizes import sizes_in
 from kontext.model.transformer import Transformer
@@ -208,9 +208,11 @@ def build(
     device: where adapters live, if not beside the weights, which may wait on the host. like: an adapter whose modules,
     ranks and alphas are taken instead of the network's.
     """
-    names = targets(
-        transformer, include_patterns=network.include_patterns, exclude_patterns=network.exclude_patterns
-    )
+    include, exclude = network.include_patterns, network.exclude_patterns
+    if like is None:
+        names = targets(transformer, include_patterns=include, exclude_patterns=exclude)
+    else:
+        names = left_by(exclude, include, [name for name, _ in linears(transformer)])
     sizes = sizes_of(network, names) if like is None else sizes_in(like, transformer, names)
     if network.kind != "lokr":  # a file of another kind is refused when it is loaded
         sizes = {name: replace(size, factor=None) for name, size in sizes.items()}

@@ -125,6 +125,26 @@ def test_factors_and_ranks_of_a_lokr_come_from_the_weights(cached: Cached, tmp_p
         assert changes[0].norm() > 0
 
 
+def test_modules_beside_the_usual_ones_are_kept_with_their_sizes_or_told_of(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ["--max-train-steps", "1", "--network-args", "include_patterns=.*img_mod.*"]
+    assert main(words(cached, tmp_path, *first)) == 0
+    file = tmp_path / "edit.safetensors"
+    again = ["--network-weights", str(file), "--max-train-steps", "1"]
+    capsys.readouterr()
+    assert main(words(cached, tmp_path / "all", *again, "--dim-from-weights")) == 0
+    assert "left out" not in capsys.readouterr().err
+    assert main(words(cached, tmp_path / "some", *again)) == 0
+    assert "2 modules in it, such as double_blocks.0.img_mod.lin, are not trained" in capsys.readouterr().err
+    less = ["--dim-from-weights", "--network-args", "exclude_patterns=single.*"]
+    assert main(words(cached, tmp_path / "less", *again, *less)) == 0
+    made = {n: load_file(tmp_path / n / "edit.safetensors").keys() for n in ("all", "some", "less")}
+    assert made["all"] == load_file(file).keys()
+    assert not any("img_mod" in name for name in made["some"])
+    assert made["less"] == {name for name in made["all"] if "single" not in name}
+
+
 def test_sizes_of_another_kind_of_network_are_refused(
     cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
