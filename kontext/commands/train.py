@@ -165,6 +165,10 @@ def _check_same(start: Start, settings: dict[str, object], plan: Plan) -> None:
             f"--resume {start.folder}: {start.progress.step} steps are done already, and the run is to have "
             f"{plan.steps}. Raise --max-train-steps or --max-train-epochs."
         )
+    if start.progress.step == plan.steps:
+        console.notice(
+            "All steps of this run are done: to train longer, raise --max-train-steps or --max-train-epochs."
+        )
     changed = changed_settings(start.progress.settings, settings)
     told = {name: f"{name} was {before}, now {now}" for name, (before, now) in changed.items()}
     if fixed := [words for name, words in told.items() if name in train_course.FIXED]:

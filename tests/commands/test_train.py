@@ -114,6 +114,8 @@ def test_resuming_with_other_settings(
     assert "network_dim was 4, now 8" in capsys.readouterr().err
     assert train(cached, tmp_path, f"{state} --max-train-steps 1") == 2
     assert "3 steps are done already" in capsys.readouterr().err
+    assert train(cached, tmp_path, f"{state} --max-train-steps 3") == 0
+    assert "All steps of this run are done" in capsys.readouterr().err
     assert train(cached, tmp_path, f"{state} --learning-rate 2e-3") == 0
     assert "learning_rate was 0.001, now 0.002: the run goes on" in capsys.readouterr().err
 
