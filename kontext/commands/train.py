@@ -9,6 +9,7 @@ from secrets import randbits
 from typing import Any
 
 from kontext import console
+from kontext.checkpoints import empty_transformer
 from kontext.commands import (
     budget,
     train_average,
@@ -70,8 +71,10 @@ def run(options: Train) -> None:
     _check_together(team, {"steps done": start.progress.step, **settings})
     _check_same(start, settings, plan)
     run = Run(names, network, start, batches, held, plan, team, seed)
+    transformer = empty_transformer(options.dit)
+    trained = train_model.outline(options, transformer, network, team)  # it too fails now, if it does
     if options.dry_run or options.vram_budget or options.checkpointing == "auto":
-        outline = train_needs.outline(options, network, batches, team, seed)
+        outline = train_needs.outline(options, transformer, trained, batches, team, seed)
         options = budget.for_training(options, outline.needs, team.device)
         if options.dry_run:
             return dry_run(options, run, outline)

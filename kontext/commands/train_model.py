@@ -1,13 +1,17 @@
 """The transformer of a run, and what of it is trained."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import torch
 
 from kontext import console
-from kontext.commands import train_values, train_whole
+from kontext.commands import train_network, train_values, train_whole
 from kontext.device import precision_of, resolve_dtype
 from kontext.generation.parts import Runtime
 from kontext.generation.pipeline import Kontext
-from kontext.lora.files import load_weights
+from kontext.lora.files import AdapterFile, load_weights
+from kontext.lora.linear import AdapterLinear
 from kontext.lora.report import read_adapters
 from kontext.memory.casting import compute_in
 from kontext.memory.recompute import recompute_blocks
@@ -47,6 +51,8 @@ def model(
 
 def outline(options: Train, transformer: Transformer, network: Network, team: Team) -> Trained:
     """What would be trained of a transformer on the meta device. Raises UserError for weights that do not fit."""
+    if options.base_weights:
+        read_adapters(train_network.base_loras(options).paths, transformer.config)
     if not train_whole.is_whole(options):
         return _attached(options, transformer, network, 0, torch.device("meta"))
     rest = precision_of(train_values.precision(options), team.device).computing
@@ -73,14 +79,20 @@ def _attached(
     modules = build(transformer, network, seed=seed_of("network", seed), device=device, like=like)
     for file in files:
         missing = load_weights(modules, file)
-        console.say(f"Starting from {options.network_weights}: {len(modules) - len(missing)} modules.")
-        if missing:
-            console.warn(
-                f"{options.network_weights} says nothing of {len(missing)} modules, such as {missing[0]}."
-            )
-        if unused := sorted({name.removesuffix(".weight") for name in file.deltas} - modules.keys()):
-            console.warn(
-                f"{options.network_weights}: {len(unused)} modules in it, such as {unused[0]}, are not trained here and left "
-                "out. include_patterns of --network-args or --dim-from-weights keep them."
-            )
+        if device.type == "meta":  # of the outline, which every run begins with
+            _tell_of(options.network_weights, file, modules, missing)
     return Adapters(modules, resolve_dtype(options.save_precision or "float32"))
+
+
+def _tell_of(
+    path: Path | None, file: AdapterFile, modules: Mapping[str, AdapterLinear], missing: Sequence[str]
+) -> None:
+    """What training begins with, of a file's modules and of those that are trained."""
+    console.say(f"Starting from {path}: {len(modules) - len(missing)} modules.")
+    if missing:
+        console.warn(f"{path} says nothing of {len(missing)} modules, such as {missing[0]}.")
+    if unused := sorted({name.removesuffix(".weight") for name in file.deltas} - modules.keys()):
+        console.warn(
+            f"{path}: {len(unused)} modules in it, such as {unused[0]}, are not trained here and left out. include_patterns "
+            "of --network-args or --dim-from-weights keep them."
+        )

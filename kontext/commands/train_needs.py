@@ -4,9 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kontext.checkpoints import empty_transformer
-from kontext.commands import train_model, train_network, train_whole
 from kontext.commands import train_values as values
+from kontext.commands import train_whole
 from kontext.commands.model_sizes import PictureModels, picture_models, text_of, transformer_weights, vae_of
 from kontext.commands.models import quantization
 from kontext.commands.picture_needs import largest, picture_sizes
@@ -14,20 +13,18 @@ from kontext.data.batches import Batches, Group
 from kontext.data.cache import Header, read_header
 from kontext.device import Precision, precision_of
 from kontext.generation.request import Request
-from kontext.lora.report import read_adapters
 from kontext.memory.choice import Setup
 from kontext.memory.estimate import CONTEXT, Trained, Work
 from kontext.memory.modulation import trains_modulation
 from kontext.memory.needs import Pictures, TrainingNeeds
 from kontext.model.latents import PIXELS_PER_TOKEN
-from kontext.model.transformer import TransformerConfig
+from kontext.model.transformer import Transformer, TransformerConfig
 from kontext.options.train import Train
 from kontext.quant import restores_strips
 from kontext.training import trained as kinds
 from kontext.training.ahead import WINDOW
 from kontext.training.arguments import parse_arguments
 from kontext.training.footprint import optimizer_bytes
-from kontext.training.network import Network
 from kontext.training.prompts import read_sample_prompts
 from kontext.training.team import Team
 
@@ -46,12 +43,13 @@ class Outline:
     processes: int
 
 
-def outline(options: Train, network: Network, batches: Batches, team: Team, seed: int) -> Outline:
-    """From headers of files. Raises UserError for any that is missing, incomplete, of another kind or does not fit."""
-    transformer = empty_transformer(options.dit)
-    if options.base_weights:
-        read_adapters(train_network.base_loras(options).paths, transformer.config)
-    trained = train_model.outline(options, transformer, network, team)
+def outline(
+    options: Train, transformer: Transformer, trained: kinds.Trained, batches: Batches, team: Team, seed: int
+) -> Outline:
+    """From headers of files. Raises UserError for any that is missing, incomplete or of another kind.
+
+    transformer, trained: on the meta device.
+    """
     samples, models = (), None
     if options.sample_prompts is not None:
         samples = tuple(read_sample_prompts(options.sample_prompts, values.sample_request(seed)))

@@ -35,6 +35,9 @@ NARROW = "--timestep-sampling logsnr --logit-std 0.01 --max-timestep 1 --preserv
         ("--logging-dir {folder} --log-tracker-config {file}", "--log-tracker-config {file}: "),
         ("--network-weights {folder}/none", "--network-weights: there is no file or folder {folder}/none"),
         ("--base-weights {folder}/none", "--base-weights: there is no file or folder {folder}/none"),
+        ("--base-weights {file}", "{file}"),
+        ("--network-weights {file}", "{file}"),
+        ("--network-args rank_patterns=nothing.*=4", "'nothing.*'"),
     ],
 )
 @pytest.mark.parametrize("dry", ["", "--dry-run"])
