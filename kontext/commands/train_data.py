@@ -12,7 +12,8 @@ from kontext.training.validation import Every, Held
 def batches(options: Train, seed: int, part: Part = "training") -> Batches:
     """The cached items to train on, or those to validate with. Raises UserError when caches are not ready."""
     skips = Skips(strict=options.strict)
-    encoders = {name: getattr(options, name) for name in ("vae", "text_encoder1", "text_encoder2")}
+    names = ("vae", "text_encoder1", "text_encoder2", "tokenizer1", "tokenizer2")
+    encoders = {name: getattr(options, name) for name in names}
     found = open_batches(options.dataset_config, seed=seed, skips=skips, encoders=encoders, part=part)
     skips.show()
     return found

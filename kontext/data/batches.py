@@ -22,6 +22,11 @@ from kontext.data.plan import Block, Entry, Part, Status, check_caches, plan_blo
 from kontext.errors import UserError
 
 COMMANDS: Mapping[Kind, str] = {"latents": "cache-latents", "text": "cache-text"}
+NEEDED: Mapping[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "latents": (("vae",), ()),
+    "text": (("text_encoder1", "text_encoder2"), ("tokenizer1", "tokenizer2")),
+}
+"""Options of these commands: weights, and what may go with them."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +237,10 @@ def _complaint(
 
 
 def command(kind: Kind, path: Path, encoders: Mapping[str, Path | None]) -> str:
-    """The command line that fills the cache; what is not known is left for the user to fill in."""
-    wanted = ("vae",) if kind == "latents" else ("text_encoder1", "text_encoder2")
+    """The command line that fills the cache; weights that are not known are left for the user to fill in."""
+    weights, more = NEEDED[kind]
     words = ["kontext", COMMANDS[kind], "--dataset-config", str(path)]
-    for name in wanted:
+    for name in (*weights, *(name for name in more if encoders.get(name))):
         words += [f"--{name.replace('_', '-')}", str(encoders.get(name) or name.upper())]
     return shlex.join(words)
 

@@ -167,6 +167,11 @@ def test_missing_caches_tell_the_commands(tmp_path: Path) -> None:
     assert command("text", Path("d.toml"), {"text_encoder1": Path("t5"), "text_encoder2": Path("clip")}) == (
         "kontext cache-text --dataset-config d.toml --text-encoder1 t5 --text-encoder2 clip"
     )
+    tokenizers = {"tokenizer1": Path("words"), "tokenizer2": None}
+    assert command("text", Path("d.toml"), tokenizers) == (
+        "kontext cache-text --dataset-config d.toml --text-encoder1 TEXT_ENCODER1 --text-encoder2 TEXT_ENCODER2 "
+        "--tokenizer1 words"
+    )
 
 
 def test_stale_caches_are_an_error_not_fewer_items(filled: Path, tmp_path: Path) -> None:
