@@ -6,6 +6,7 @@ blocks of a kind, any number of tokens, and any weights: they may be streamed or
 
 import os
 import shutil
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def compile_blocks(model: nn.Module, device: torch.device, *, backend: str = "in
     _check_compiler(device)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "kontext" / "compiled"))
+    # It means the table of positions, of which there is no more than a view.
+    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
     for module in model.modules():
