@@ -1,6 +1,7 @@
 """Rows of the GPU benchmark about the encoders: the autoencoder and T5 as caching uses them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import transformers
@@ -14,30 +15,9 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from kontext.model.autoencoder import Autoencoder
-from kontext.model.t5 import T5Config, T5Encoder
+from kontext.model.t5 import T5_XXL, T5Config, T5Encoder
 
-XXL = T5Config(
-    vocab_size=32128,
-    width=4096,
-    mlp_width=10240,
-    blocks=24,
-    heads=64,
-    head_width=64,
-    buckets=32,
-    furthest=128,
-    eps=1e-6,
-)
-TINY = T5Config(
-    vocab_size=500,
-    width=64,
-    mlp_width=128,
-    blocks=2,
-    heads=2,
-    head_width=32,
-    buckets=32,
-    furthest=128,
-    eps=1e-6,
-)
+TINY = replace(T5_XXL, vocab_size=500, width=64, mlp_width=128, blocks=2, heads=2, head_width=32)
 CAPTIONS = 16
 
 
@@ -88,7 +68,7 @@ def _autoencoder(
 
 def _text(bench: Bench) -> tuple[Paired, Line]:
     """T5 on captions of full length, ours and that of transformers, which share random weights."""
-    config = TINY if bench.quick else XXL
+    config = TINY if bench.quick else T5_XXL
     clear(bench.device)
     theirs = _their_t5(config, bench)
     with torch.device("meta"):

@@ -18,10 +18,7 @@ from kontext.model.gelu import gelu
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of an encoder. T5-XXL has width 4096, 24 blocks and 64 heads of 64 channels.
-
-    buckets: of the distance between two tokens; from `furthest` on all distances share the last one.
-    """
+    """Sizes. buckets: of the distance between two tokens; from `furthest` on all distances share the last one."""
 
     vocab_size: int
     width: int
@@ -32,6 +29,19 @@ class T5Config:
     buckets: int
     furthest: int
     eps: float
+
+
+T5_XXL = T5Config(
+    vocab_size=32128,
+    width=4096,
+    mlp_width=10240,
+    blocks=24,
+    heads=64,
+    head_width=64,
+    buckets=32,
+    furthest=128,
+    eps=1e-6,
+)
 
 
 class RMSNorm(nn.Module):

@@ -7,20 +7,9 @@ import torch
 from kontext.commands.model_sizes import PictureModels, text_sizes
 from kontext.model.autoencoder import Autoencoder
 from kontext.model.clip import ClipConfig, ClipText
-from kontext.model.t5 import T5Config, T5Encoder
+from kontext.model.t5 import T5_XXL, T5Encoder
 from tests.memory.test_estimate import AE
 
-T5_XXL = T5Config(
-    vocab_size=32128,
-    width=4096,
-    mlp_width=10240,
-    blocks=24,
-    heads=64,
-    head_width=64,
-    buckets=32,
-    furthest=128,
-    eps=1e-6,
-)
 CLIP_L = ClipConfig(
     vocab_size=49408,
     width=768,

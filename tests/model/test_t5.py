@@ -6,7 +6,7 @@ from transformers import T5Config as TheirConfig
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from kontext.model.t5 import T5Config, T5Encoder, distance_buckets
+from kontext.model.t5 import T5_XXL, T5Config, T5Encoder, distance_buckets
 from tests.compare import relative_error
 
 CONFIG = T5Config(
@@ -43,11 +43,8 @@ def test_hidden_states(dtype, bound):
 
 def test_parameters_of_the_published_model():
     """4.76 billion: what Hugging Face shows for the encoder of google/t5-v1_1-xxl."""
-    config = T5Config(
-        vocab_size=32128, width=4096, mlp_width=10240, blocks=24, heads=64, head_width=64, buckets=32, furthest=128, eps=1e-6
-    )  # fmt: skip
     with torch.device("meta"):
-        model = T5Encoder(config)
+        model = T5Encoder(T5_XXL)
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_762_310_656
 
 
