@@ -34,7 +34,7 @@ def model(
     """
     transformer, runtime = kontext.transformer(), kontext.runtime
     if not train_whole.is_whole(options):
-        adapters = _attached(options, transformer, network, seed, runtime.device)
+        adapters = _attached(options, transformer, network, seed, runtime.device, told=False)
         _spare(options, transformer, runtime)
         return transformer, adapters, team
     parameters = thaw(transformer, network, stored=train_whole.stored(options), rest=runtime.dtype)
@@ -50,11 +50,15 @@ def model(
 
 
 def outline(options: Train, transformer: Transformer, network: Network, team: Team) -> Trained:
-    """What would be trained of a transformer on the meta device. Raises UserError for weights that do not fit."""
+    """What would be trained of a transformer on the meta device. Raises UserError for weights that do not fit.
+
+    Every run begins with this, and says here what it is given; of what is merged a real one does when it merges.
+    """
     if options.base_weights:
-        read_adapters(train_network.base_loras(options).paths, transformer.config)
+        paths = train_network.base_loras(options).paths
+        read_adapters(paths, transformer.config, told=options.dry_run)
     if not train_whole.is_whole(options):
-        return _attached(options, transformer, network, 0, torch.device("meta"))
+        return _attached(options, transformer, network, 0, torch.device("meta"), told=True)
     rest = precision_of(train_values.precision(options), team.device).computing
     parameters = thaw(transformer, network, stored=train_whole.stored(options), rest=rest)
     return Weights(parameters, train_whole.layout(options), team)
@@ -71,15 +75,16 @@ def _spare(options: Train, transformer: Transformer, runtime: Runtime) -> None:
 
 
 def _attached(
-    options: Train, transformer: Transformer, network: Network, seed: int, device: torch.device
+    options: Train, transformer: Transformer, network: Network, seed: int, device: torch.device, *, told: bool
 ) -> Adapters:
+    """told: whether to say what the files that are given hold."""
     given = [] if options.network_weights is None else [options.network_weights]
-    files = read_adapters(given, transformer.config)
+    files = read_adapters(given, transformer.config, told=told)
     like = files[0] if options.dim_from_weights else None
     modules = build(transformer, network, seed=seed_of("network", seed), device=device, like=like)
     for file in files:
         missing = load_weights(modules, file)
-        if device.type == "meta":  # of the outline, which every run begins with
+        if told:
             _tell_of(options.network_weights, file, modules, missing)
     return Adapters(modules, resolve_dtype(options.save_precision or "float32"))
 

@@ -10,13 +10,15 @@ from kontext.model.transformer import TransformerConfig
 _SHOWN = 5
 
 
-def read_adapters(paths: Sequence[Path], config: TransformerConfig) -> list[AdapterFile]:
-    """Read every file, say what it is, and warn of its keys that are not applied.
+def read_adapters(
+    paths: Sequence[Path], config: TransformerConfig, *, told: bool = True
+) -> list[AdapterFile]:
+    """Read every file, say what it is, and warn of its keys that are not applied. told: whether to say so.
 
     Raises UserError for a file of which nothing fits a transformer of `config`.
     """
     adapters = [read_adapter(path, config) for path in paths]
-    for adapter in adapters:
+    for adapter in adapters if told else ():
         say(f"{adapter.path}: {', '.join(adapter.kinds)} ({adapter.family}), {len(adapter.modules)} modules.")
         _warn(adapter, adapter.unmatched, "fit no module")
         _warn(adapter, adapter.skipped, "are for text encoders")

@@ -133,3 +133,20 @@ def test_what_lies_in_the_place_of_the_files_of_a_run(
     thesis.unlink()
     for _ in range(2):  # into an empty folder, and over what the run before has written
         assert whole.train(folder, tmp_path / "c", "--max-train-steps 1") == 0
+
+
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_adapters_that_are_given_are_told_of_once(
+    cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: str
+) -> None:
+    assert train(cached, tmp_path, "--max-train-steps 1") == 0
+    trained = next(tmp_path.glob("*.safetensors"))
+    start, base = (tmp_path / name for name in ("start.safetensors", "base.safetensors"))
+    for copy in (start, base):
+        copy.write_bytes(trained.read_bytes())
+    capsys.readouterr()
+    settings = f"{dry} --max-train-steps 1 --network-weights {start} --base-weights {base}"
+    assert train(cached, tmp_path / "again", settings) == 0
+    told = capsys.readouterr().err
+    assert told.count(f"{start}: LoRA") == told.count(f"{base}: LoRA") == 1
+    assert told.count(f"Starting from {start}") == 1
