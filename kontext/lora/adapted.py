@@ -91,7 +91,7 @@ class _LowRank(torch.autograd.Function):
         weight: Tensor,
         by_block: Tensor | None,
         bias: Tensor | None,
-        needless: bool = False,
+        needless: bool,
     ) -> Tensor:
         hidden = _hidden(x, down, mask)
         ctx.save_for_backward(x, hidden, down, up, mask, weight, by_block)
