@@ -40,6 +40,10 @@ class Interrupts:
     ) -> None:
         self._restore()
 
+    def asked(self) -> bool:
+        """As a `Stop`, for what is to be broken off."""
+        return self.requested
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested, self._first = True, time.monotonic()

@@ -111,9 +111,9 @@ class Session:
             if self.team.leads:
                 saver.tidy(first)
             if validation and self.start.progress.unvalidated:
-                validation.begin(first, lambda: interrupts.requested)
+                validation.begin(first, interrupts.asked)
             if self.previews:
-                self.previews.begin(first, lambda: interrupts.requested)
+                self.previews.begin(first, interrupts.asked)
             self._train(self._listeners(interrupts, monitor, validation, saver, writer))
             monitor.flush()
         return saver
@@ -195,9 +195,6 @@ class Session:
     ) -> list[Listener]:
         """In this order: what a loss that is no number stops must not have been saved, and states know the best loss."""
 
-        def asked() -> bool:
-            return interrupts.requested
-
         def flush(outcome: Outcome) -> None:
             drawn = self.previews and self.previews.rhythm.label(outcome.step, self.examples.plan)
             if saver.due(outcome.step) or drawn:  # logs take no step after a later one
@@ -216,8 +213,8 @@ class Session:
                 raise KeyboardInterrupt
 
         slow = [each for each in (validation, self.previews) if each]
-        validating = [partial(validation, stop=asked)] if validation else []
-        previews = [partial(self.previews, stop=asked)] if self.previews else []
+        validating = [partial(validation, stop=interrupts.asked)] if validation else []
+        previews = [partial(self.previews, stop=interrupts.asked)] if self.previews else []
         averaging = [self.average] if self.average else []
         return [
             lambda outcome: writer.check(),
