@@ -121,8 +121,8 @@ def _show(options: Train, run: Run, outline: Outline, saves: Forecast) -> None:
 
 
 def _items(options: Train, batches: Batches) -> Iterable[tuple[object, ...]]:
+    all_entries = [entry for group in batches.groups for entry in group.entries]
     for dataset in load_datasets(options.dataset_config):
-        all_entries = [entry for group in batches.groups for entry in group.entries]
         entries = [entry for entry in all_entries if entry.latents.parent == dataset.cache_folder]
         referenced = sum(bool(entry.references) for entry in entries)
         if entries:
